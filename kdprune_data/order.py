@@ -134,7 +134,7 @@ def batches(rows: I64 | Sequence[int], size: int) -> Iterator[I64]:
     (Batch normalisation cannot train on one sample; dropping the row would break "each sample exactly once per epoch".)
     """
     rows = np.asarray(rows, np.int64)
-    ends = list(range(size, len(rows), size)) + [len(rows)]
+    ends = [*range(size, len(rows), size), len(rows)]
     if len(ends) > 1 and len(rows) - ends[-2] == 1:
         del ends[-2]
     start = 0

@@ -1,0 +1,264 @@
+"""A folder in the making: every command that writes an artefact writes it through a `Build`.
+
+1. `Build.begin` looks at the folder. Nothing there: start. The same thing unfinished: continue. The same thing finished: `done` holds its
+   manifest. Something else: refuse, saying what differs (or replace it, when asked to).
+2. `create` writes one file beside its name, hashes it while it is written, renames it, and notes it in `.partial/parts/`.
+   `finished` tells of a file that an earlier, interrupted run left whole.
+3. `seal` writes the manifest and removes `.partial/`. Until then nobody takes the folder for an artefact.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote
+
+from kdprune_data.errors import ExistsError, KdpruneError
+from kdprune_data.formats import manifest as m
+from kdprune_data.formats.manifest import PARTIAL, File, Manifest
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What is being made: two runs with one identity make the same thing."""
+
+    kind: str
+    name: str
+    config: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in `.partial/identity.json`; the name is a matter of the folder and does not enter."""
+        inputs = {i["role"]: i["digest"] for i in self.inputs}
+        return {"kind": self.kind, "config": json.loads(m.canonical(self.config)), "inputs": inputs}
+
+
+class Sink(io.RawIOBase):
+    """A binary file that hashes what is written to it, and can only be written forward."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = hashlib.sha256()
+        self.bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self.hash.update(view)
+        self.bytes += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.bytes
+
+
+class Build:
+    """See the module's text. Not to be shared between processes; `create` and `finished` may be called from threads."""
+
+    def __init__(self, folder: Path, identity: Identity, kept: Sequence[File] = ()) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.done: Manifest | None = None
+        self._parts: dict[str, tuple[File, dict[str, Any]]] = {f.path: (f, {}) for f in kept}
+        self._mutex = threading.Lock()
+        self._lock: int | None = None
+        self._started = time.monotonic()
+
+    @classmethod
+    def begin(cls, folder: Path, identity: Identity, *, overwrite: bool = False, append: bool = False) -> Self:
+        """Start, continue, or find it done (`append`: a finished one is taken up again to add files).
+
+        Raises ExistsError when the folder holds anything else, or another process is writing it.
+        """
+        if overwrite and ((folder / m.NAME).exists() or (folder / PARTIAL).exists()):
+            _remove(folder)
+        kept: Sequence[File] = ()
+        if (folder / m.NAME).exists():
+            there = Manifest.load(folder)
+            _refuse_other(folder, Identity(there.kind, there.name, there.config, there.inputs).to_json(), identity.to_json())
+            if not append:
+                build = cls(folder, identity)
+                build.done = there
+                return build
+            kept = there.files
+        elif not (folder / PARTIAL).exists() and folder.exists() and any(folder.iterdir()):
+            raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
+        build = cls(folder, identity, kept)
+        build._open()
+        return build
+
+    def _open(self) -> None:
+        partial = self.folder / PARTIAL
+        _make_folder(partial / "parts")
+        self._lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise ExistsError(f"another process is writing {self.folder}: wait for it, or choose another --name") from None
+        wanted = self.identity.to_json()
+        noted = partial / "identity.json"
+        if noted.exists():
+            _refuse_other(self.folder, json.loads(noted.read_bytes()), wanted)
+        else:
+            _write_whole(noted, m.canonical(wanted))
+        for leftover in self.folder.rglob(".*.tmp"):
+            leftover.unlink()
+        for note in sorted((partial / "parts").glob("*.json")):
+            part = json.loads(note.read_bytes())
+            facts = part.pop("facts")
+            if _is_whole(self.folder, part):
+                self._parts[part["path"]] = (File(**part), facts)
+
+    def finished(self, path: str) -> dict[str, Any] | None:
+        """The facts noted with a file that is already whole, or None."""
+        part = self._parts.get(path)
+        return None if part is None else part[1]
+
+    @contextmanager
+    def create(self, path: str, facts: Mapping[str, Any] | None = None) -> Iterator[Sink]:
+        """Write one file of the artefact; `facts` (plain JSON) are noted with it and may be filled until the block ends."""
+        final = self.folder / path
+        beside = final.with_name(f".{final.name}.tmp")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                sink = Sink(file)
+                yield sink
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        beside.replace(final)
+        self._note(File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {}))
+
+    def write(self, path: str, data: bytes, facts: Mapping[str, Any] | None = None) -> None:
+        """Write one small file."""
+        with self.create(path, facts) as sink:
+            sink.write(data)
+
+    def _note(self, file: File, facts: dict[str, Any]) -> None:
+        note = {"path": file.path, "bytes": file.bytes, "sha256": file.sha256, "facts": facts}
+        _write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))
+        with self._mutex:
+            self._parts[file.path] = (file, facts)
+
+    def files(self) -> list[File]:
+        """The files written so far, by path."""
+        return [self._parts[path][0] for path in sorted(self._parts)]
+
+    def seal(
+        self,
+        *,
+        counts: Mapping[str, Any],
+        classes: Sequence[str],
+        content: str,
+        side: Iterable[str] = (),
+        outside: Sequence[File] = (),
+    ) -> Manifest:
+        """Write the manifest: from here on the folder is an artefact. `side`: paths of files that stay outside the digest."""
+        apart = set(side)
+        files = self.files()
+        identity = self.identity
+        manifest = Manifest(
+            kind=identity.kind,
+            name=identity.name,
+            config=json.loads(m.canonical(identity.config)),
+            inputs=list(identity.inputs),
+            counts=dict(counts),
+            classes=list(classes),
+            files=tuple(f for f in files if f.path not in apart),
+            content=content,
+            side=tuple(f for f in files if f.path in apart),
+            outside=tuple(outside),
+            made=m.made(self._started),
+        )
+        _write_whole(self.folder / m.NAME, manifest.to_json(), durable=True)
+        shutil.rmtree(self.folder / PARTIAL)
+        self.close()
+        return manifest
+
+    def close(self) -> None:
+        """Let others write here; what is finished stays for the next run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_whole(folder: Path, part: Mapping[str, Any]) -> bool:
+    path = folder / part["path"]
+    return path.is_file() and path.stat().st_size == part["bytes"] and bool(m.sha256_file(path) == part["sha256"])
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KdpruneError(f"cannot write in {folder.parent.parent}: {error.strerror}; choose another --out") from None
+
+
+def _write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    beside.replace(path)
+    if durable:
+        m.fsync_dir(path.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Take an artefact away at one stroke: renamed first, so that a kill leaves no half of it under its name."""
+    gone = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if there == wanted:
+        return
+    if there["kind"] != wanted["kind"]:
+        raise ExistsError(f"{folder} holds a {there['kind']}, not a {wanted['kind']}: choose another --name or --out")
+    differs = _differences(there["config"], wanted["config"]) + _differences(there["inputs"], wanted["inputs"])
+    shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
+    raise ExistsError(f"{folder} was made with other settings ({shown}): choose another --name, or --overwrite to replace it")
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key in sorted(there.keys() | wanted.keys()):
+        a, b = there.get(key), wanted.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{line}" for line in _differences(a, b)]
+        else:
+            found.append(f"{key} is {_short(a)}, now {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 40 else text[:12] + "..."

@@ -1,0 +1,194 @@
+"""`manifest.json`: what an artefact is, what it was made from, and the digest of every file in it.
+
+The manifest is written last; a folder without one is not finished and is never read. Two identities live in it: `digest` names the very
+bytes, `content` names what a data set is, however it is packed. `docs/formats.md`, "Artefacts".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdprune_data._version import __version__
+from kdprune_data.errors import FormatError, UsageError
+
+FORMAT = 1
+NAME = "manifest.json"
+KINDS = ("dataset", "subset", "scores", "logits", "model")
+PARTIAL = ".partial"
+
+
+def canonical(value: Any) -> bytes:
+    """The one way to write a JSON value: sorted keys, no spaces, UTF-8. Raises ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_json(value: Any) -> str:
+    """sha256 (hex) of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 (hex) of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of an artefact. `path` is relative to the folder (or, outside it, absolute or relative); `sha256` is hex."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a manifest.json, digests included. `inputs` are ancestors, embedded whole (`as_input`)."""
+
+    kind: str
+    name: str
+    config: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]]
+    counts: Mapping[str, Any]
+    classes: Sequence[str]
+    files: Sequence[File]
+    content: str
+    side: Sequence[File] = ()
+    outside: Sequence[File] = ()
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Names these very bytes: no time, version, name or place enters it."""
+        return sha256_json(
+            {
+                "format": FORMAT,
+                "kind": self.kind,
+                "config": self.config,
+                "inputs": [[i["role"], i["digest"]] for i in self.inputs],
+                "counts": self.counts,
+                "classes": list(self.classes),
+                "files": [asdict(f) for f in self.files],
+                "outside": [[f.bytes, f.sha256] for f in self.outside],
+            }
+        )
+
+    def as_input(self, role: str) -> dict[str, Any]:
+        """This artefact as an ancestor in another's manifest."""
+        keep = {key: getattr(self, key) for key in ("kind", "name", "digest", "content", "config", "counts")}
+        return {"role": role, **keep, "inputs": list(self.inputs)}
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json."""
+        body: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key in ("files", "side", "outside"):
+            body[key] = [asdict(f) for f in body[key]]
+        body |= {"format": FORMAT, "digest": self.digest, "inputs": list(self.inputs), "classes": list(self.classes)}
+        return canonical(body | {"sha256": sha256_json(body)})
+
+    @classmethod
+    def load(cls, folder: Path, *, kinds: Iterable[str] = KINDS) -> Manifest:
+        """Read and check a folder's manifest (the manifest itself, and that files are there with their sizes; not their digests).
+
+        Raises UsageError when there is no finished artefact of one of `kinds`; FormatError when the manifest is not whole.
+        """
+        path = folder / NAME
+        wanted = " or ".join(kinds)
+        if not path.is_file():
+            if (folder / PARTIAL).is_dir():
+                raise UsageError(f"{folder} is unfinished: run the command that makes it again, it continues")
+            what = "holds no manifest.json" if folder.is_dir() else "does not exist"
+            raise UsageError(f"{folder} {what}: expected a finished {wanted}")
+        manifest = cls._parse(path)
+        if manifest.kind not in kinds:
+            raise UsageError(f"{folder} is of kind {manifest.kind}: expected {wanted}")
+        for file in (*manifest.files, *manifest.side):
+            there = folder / file.path
+            if not there.is_file():
+                raise FormatError(f"{there} is missing: the manifest lists it; make or fetch the folder again")
+            if there.stat().st_size != file.bytes and file in manifest.files:
+                raise FormatError(f"{there} has {there.stat().st_size:,} bytes, the manifest says {file.bytes:,}: make or fetch it again")
+        return manifest
+
+    @classmethod
+    def _parse(cls, path: Path) -> Manifest:
+        raw = path.read_bytes()
+        try:
+            body = json.loads(raw)
+            stated = body.pop("sha256")
+            if sha256_json(body) != stated or canonical(body | {"sha256": stated}) != raw:
+                raise FormatError(f"{path} was changed: its sha256 is not the one it states; make or fetch the folder again")
+            if body.pop("format") != FORMAT:
+                raise FormatError(f"{path} is of another format than {FORMAT}: use the version of kdprune-data that wrote it")
+            digest = body.pop("digest")
+            for key in ("files", "side", "outside"):
+                body[key] = tuple(File(**f) for f in body[key])
+            manifest = cls(**body)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path} is not a manifest ({type(error).__name__}): make or fetch the folder again") from None
+        if manifest.digest != digest:
+            raise FormatError(f"{path} states digest {digest[:12]}, its contents give {manifest.digest[:12]}: make or fetch it again")
+        return manifest
+
+    def ancestor(self, role: str) -> Mapping[str, Any]:
+        """The direct input of that role. Raises FormatError when there is none."""
+        for one in self.inputs:
+            if one["role"] == role:
+                return one
+        raise FormatError(f"{self.kind} {self.name!r} has no input of role {role!r}: its manifest is not one of this version's")
+
+
+def content_of(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
+    """What a data set is, on any machine and in any packing: the sha256 (hex) of its sorted `id NUL sha256 NUL label LF` lines.
+
+    ids: n of them; sha256: uint8 of shape (n, 32), of the image bytes; labels: int32 of shape (n,), -1 = none.
+    """
+    total = hashlib.sha256()
+    for line in sorted(_lines(ids, sha256, labels)):
+        total.update(line)
+    return total.hexdigest()
+
+
+def _lines(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> Iterator[bytes]:
+    hexes = sha256.tobytes().hex()
+    for n, (one, label) in enumerate(zip(ids, labels.tolist(), strict=True)):
+        yield f"{one}\0{hexes[64 * n : 64 * n + 64]}\0{'' if label < 0 else label}\n".encode()
+
+
+def made(started: float) -> dict[str, Any]:
+    """When, with what and where: kept outside every digest. `started` is a time.monotonic()."""
+    versions = {"kdprune-data": __version__, "python": platform.python_version()}
+    for package in ("numpy", "pyarrow", "torch", "torchvision", "pillow", "simplejpeg", "scikit-learn"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {
+        "time": stamp,
+        "versions": versions,
+        "host": platform.platform(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,77 @@
+"""Decoding: from encoded bytes to RGB, and the few facts about an image that its first bytes tell.
+
+The contract (`docs/formats.md`, "Decoding"): uint8 RGB; orientation tags are not applied; everything that is not plain RGB is converted as
+Pillow does. JPEGs go through simplejpeg, which is libjpeg-turbo with the settings that Pillow uses: equal to the grey level, and six times
+faster on small images. Whatever it does not take goes to Pillow, whose word on what is an image is final.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdprune_data.errors import SourceError
+
+EXTENSIONS = ("jpg", "png", "webp")
+DECODER = "libjpeg-turbo, Pillow"
+PIXEL_LIMIT = 178_956_970
+"""Largest image decoded, in pixels: Pillow's own limit against decompression bombs."""
+
+
+def extension(data: bytes) -> str | None:
+    """`jpg`, `png` or `webp` from an image's magic bytes, or None."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """An encoded image as RGB: uint8 of shape (height, width, 3).
+
+    Raises SourceError when it does not decode whole, or has more pixels than PIXEL_LIMIT.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            if space in ("YCbCr", "RGB", "Gray") and height * width <= PIXEL_LIMIT:
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
+                return pixels
+        except ValueError:
+            pass  # Pillow decides whether it is an image after all
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise SourceError(
+                    f"an image of {image.width} x {image.height} pixels: at most {PIXEL_LIMIT:,} pixels are decoded; scale it down"
+                )
+            return np.asarray(image.convert("RGB"))
+    except SourceError:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything on damaged data: struct.error, SyntaxError, OSError, ...
+        raise SourceError(f"not an image that decodes ({type(error).__name__})") from None
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG with stored (uncompressed) deflate, so that its bytes depend on no compression library.
+
+    pixels: uint8 of shape (height, width) for grey or (height, width, 3) for RGB. Source: the PNG specification, RFC 1950 and 1951.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.ascontiguousarray(pixels).reshape(height, -1)
+    raw = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1).tobytes()
+    blocks = [raw[at : at + 65535] for at in range(0, len(raw), 65535)]
+    stored = b"".join(struct.pack("<BHH", n == len(blocks) - 1, len(b), len(b) ^ 0xFFFF) + b for n, b in enumerate(blocks))
+    body = b"\x78\x01" + stored + struct.pack(">I", zlib.adler32(raw))
+    head = struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
