@@ -11,7 +11,6 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +53,6 @@ class Config:
         return cls(**{key: _coerce(key, value, types_of[key]) for key, value in values.items()})
 
 
-@cache
 def field_types(cls: type[Config]) -> dict[str, tuple[type, bool, bool]]:
     """Each field's (plain type, may be None, is a tuple of that type)."""
     found = {}

@@ -150,6 +150,14 @@ class Build:
         with self.create(path, facts) as sink:
             sink.write(data)
 
+    def scratch(self, name: str) -> Path:
+        """A place for work in progress, inside `.partial/`: gone when the artefact is sealed."""
+        return self.folder / PARTIAL / name
+
+    def write_scratch(self, name: str, data: bytes) -> None:
+        """Write a scratch file whole or not at all."""
+        _write_whole(self.scratch(name), data)
+
     def _note(self, file: File, facts: dict[str, Any]) -> None:
         note = {"path": file.path, "bytes": file.bytes, "sha256": file.sha256, "facts": facts}
         _write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from kdprune_data.formats.build import Sink
 ROW_GROUP = 1 << 20
 
 
-def write(sink: Sink, table: pa.Table) -> None:
+def write(sink: IO[bytes] | Sink, table: pa.Table) -> None:
     """Write a table as Parquet: zstd, strings as differences, floats split by byte (half the size of the library's default)."""
     encodings = {}
     for field in table.schema:
@@ -32,6 +33,13 @@ def write(sink: Sink, table: pa.Table) -> None:
         column_encoding=encodings,
         row_group_size=ROW_GROUP,
     )
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file."""
+    buffer = io.BytesIO()
+    write(buffer, table)
+    return buffer.getvalue()
 
 
 def read(path: Path, schema: pa.Schema | None = None, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,0 +1,70 @@
+"""A folder of class folders: `CLASS/anything/image.jpg`. Classes are the first-level folder names, sorted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kdprune_data.errors import SourceError
+from kdprune_data.sources.base import Item, key_of, listing
+
+IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class FolderSource:
+    """Images under class folders, in the order of their paths."""
+
+    name = "folder"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def _files(self) -> list[tuple[str, int]]:
+        """(relative path, bytes) of every image file; hidden files and folders are left alone."""
+        found: list[tuple[str, int]] = []
+        others: list[str] = []
+        for here, folders, files in os.walk(self.root, followlinks=True):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for file in files:
+                path = Path(here, file)
+                relative = path.relative_to(self.root).as_posix()
+                if file.startswith("."):
+                    continue
+                if path.suffix.lower() in IMAGES:
+                    found.append((relative, path.stat().st_size))
+                else:
+                    others.append(relative)
+        self.left_out = sorted(others)
+        if not found:
+            raise SourceError(f"{self.root} holds no image (.jpg .jpeg .png .webp): give a folder with a folder per class")
+        loose = [path for path, _ in found if "/" not in path]
+        if loose:
+            raise SourceError(f"{self.root / loose[0]} is in no class folder ({len(loose):,} such): move images into CLASS/ folders")
+        return sorted(found)
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """The names of the first-level folders that hold images, sorted."""
+        return sorted({path.split("/", 1)[0] for path, _ in self._files})
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {"source": self.name, "listing": listing(self._files)}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all image files."""
+        return sum(size for _, size in self._files)
+
+    def __iter__(self) -> Iterator[Item]:
+        labels = {name: n for n, name in enumerate(self.classes)}
+        for relative, _ in self._files:
+            path = self.root / relative
+            yield Item(key_of(relative), path.read_bytes(), labels[relative.split("/", 1)[0]], str(path))

@@ -1,0 +1,152 @@
+"""`index`: adopt WebDataset shards where they lie, untouched.
+
+1. Walk the headers of every tar; group members into samples; take each sample's image and class number.
+2. Decode every image once, hash it, hash the tars.
+3. Write `index.parquet sizes.json manifest.json` to `data/SPLIT`; the manifest lists the tars in `outside`.
+
+Every command then reads the set as if it had been imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from kdprune_pipelines._console import Outcome, count, say, track
+from kdprune_pipelines._workspace import DATA
+
+from kdprune_data.config import Config, option
+from kdprune_data.errors import SourceError, UsageError, some
+from kdprune_data.formats import dataset, manifest, tar
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.shards import check_image
+from kdprune_data.images import EXTENSIONS
+from kdprune_data.sources.base import listing
+
+IMAGE_MEMBERS = (*EXTENSIONS, "jpeg")
+
+
+@dataclass(frozen=True)
+class IndexConfig(Config):
+    """Settings of `index`."""
+
+    shards: tuple[Path, ...] = option(help="The tar files, in order.", argument=True)
+    split: str = option("train", help="Which split this is.", choices=("train", "val", "test"))
+    out: Path | None = option(None, help="Exact folder to write; default data/SPLIT.")
+    classes: Path | None = option(None, help="Text file of class names, one a line, in label order; default the numbers.")
+    id: str = option("key", help="What names a sample: its key, or SHARD/key where shards repeat keys.", choices=("key", "shard"))
+    on_bad: str = option("error", help="Images that do not decode: stop, or index them as unusable.", choices=("error", "keep"))
+    jobs: int = option(2, help="Threads that read shards.", least=1, short="j")
+    overwrite: bool = option(False, help="Replace what stands in the folder.")
+
+
+def run(config: IndexConfig) -> Outcome:
+    """Index shards in place. Raises UsageError, SourceError and ExistsError."""
+    missing = [str(p) for p in config.shards if not p.is_file()]
+    if missing:
+        raise UsageError(f"no such file: {some(missing)}; give the tars themselves, in order")
+    folder = config.out or DATA / config.split
+    settings = {
+        "source": "webdataset",
+        "split": config.split,
+        "listing": listing((p.name, p.stat().st_size) for p in config.shards),
+        "id": config.id,
+        "on_bad": config.on_bad,
+    }
+    names = _class_names(config.classes)
+    with Build.begin(folder, Identity("dataset", config.split, settings | {"classes": names}, []), overwrite=config.overwrite) as build:
+        if build.done is not None:
+            say("already done")
+            return _outcome(folder, build.done)
+        say(f"indexing {count(len(config.shards), 'shard')} in place")
+        index = _read(config)
+        classes = _classes(names, dataset.labels_of(index["label"]).max(initial=-1))
+        with ThreadPoolExecutor(config.jobs) as pool:
+            digests = list(track(pool.map(manifest.sha256_file, config.shards), "hash", total=len(config.shards), unit="shard"))
+        facts = dataset.write_index(build, index, classes, _shard_names(config.shards))
+        outside = dataset.outside(config.shards, digests=digests)
+        return _outcome(folder, build.seal(counts=facts.counts, classes=classes, content=facts.content, outside=outside))
+
+
+def _read(config: IndexConfig) -> pa.Table:
+    work = [(n, path, config) for n, path in enumerate(config.shards)]
+    with ThreadPoolExecutor(config.jobs) as pool:
+        found = list(track(pool.map(_read_shard, work), "index", total=len(work), unit="shard"))
+    table = pa.concat_tables(found).combine_chunks()
+    if not len(table):
+        raise SourceError(f"no sample with an image in {some(p.name for p in config.shards)}: expected members .{' .'.join(IMAGE_MEMBERS)}")
+    return table
+
+
+def _read_shard(work: tuple[int, Path, IndexConfig]) -> pa.Table:
+    number, path, config = work
+    rows = dataset.Rows(number)
+    buffer = tar.map_file(path)
+    for record in tar.records(buffer, str(path)):
+        image = _image_member(record, path)
+        data = buffer[image.data : image.data + image.size]
+        height, width = check_image(data, f"{path} sample {record.key!r}", config.on_bad == "keep")
+        rows.add(
+            id=f"{path.stem}/{record.key}" if config.id == "shard" else record.key,
+            key=record.key,
+            offset=record.offset,
+            length=record.length,
+            label=_label(buffer, record, path),
+            image_offset=image.data,
+            image_length=image.size,
+            sha256=dataset.image_digest(data),
+            width=width,
+            height=height,
+            ok=height > 0,
+        )
+    return rows.table()
+
+
+def _image_member(record: tar.Record, path: Path) -> tar.Member:
+    found = [record.members[e] for e in IMAGE_MEMBERS if e in record.members]
+    if len(found) != 1:
+        have = "no" if not found else "more than one"
+        raise SourceError(f"{path} sample {record.key!r} has {have} image among its members .{' .'.join(record.members)}: expected one")
+    return found[0]
+
+
+def _label(buffer: tar.Buffer, record: tar.Record, path: Path) -> int | None:
+    member = record.members.get("cls")
+    if member is None:
+        return None
+    text = bytes(buffer[member.data : member.data + member.size]).strip()
+    if not text.isdigit() or int(text) >= 2**31:
+        raise SourceError(f"{path} sample {record.key!r}: its .cls member is {text[:20]!r}, not a class number; mend the set")
+    return int(text)
+
+
+def _class_names(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError(f"--classes {path} does not exist: give a text file with one class name a line")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _classes(names: list[str] | None, top: int) -> list[str]:
+    if names is None:
+        return [str(n) for n in range(top + 1)]
+    if top >= len(names):
+        raise SourceError(f"a sample has class number {top}, the class file {len(names)} names: add the missing names")
+    return names
+
+
+def _shard_names(paths: Sequence[Path]) -> list[str]:
+    """Distinct names for `sizes.json`: file names, or whole paths where two tars share one."""
+    names = [p.name for p in paths]
+    return names if len(set(names)) == len(names) else [str(p) for p in paths]
+
+
+def _outcome(folder: Path, made: Manifest) -> Outcome:
+    counts = made.counts
+    text = f"{folder}: {count(counts['samples'], 'sample')} of {count(len(made.classes), 'class')} in {count(counts['shards'], 'shard')}"
+    return Outcome(folder, {"folder": str(folder), "content": made.content, "counts": counts}, f"{text}; content {made.content[:12]}")
