@@ -58,6 +58,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {what} {name!r}{hint} known: {', '.join(names)}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, at most 200 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 def some(names: Iterable[str], limit: int = 3) -> str:
     """The first few names, quoted, and how many more there are.
 

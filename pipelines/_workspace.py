@@ -73,6 +73,11 @@ def place(out: Path | None, name: str | None, usual: Path, derived: str) -> tupl
     return usual / chosen, chosen
 
 
+def contents(described: Mapping[str, Any]) -> set[str]:
+    """The contents of a data set (as an input's description) and of all data sets it was chosen from: what covers it."""
+    return {described["content"]}.union(*(contents(i) for i in described["inputs"] if i["role"] == "data"))
+
+
 def root_fraction(described: Mapping[str, Any]) -> float:
     """The fraction of the original data set that a data set or subset (as an input's description) keeps: 1 for a data set."""
     if described["kind"] != "subset":

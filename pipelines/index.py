@@ -134,7 +134,7 @@ def _class_names(path: Path | None) -> list[str] | None:
 
 def _classes(names: list[str] | None, top: int) -> list[str]:
     if names is None:
-        return [str(n) for n in range(top + 1)]
+        return [f"class {n}" for n in range(top + 1)]
     if top >= len(names):
         raise SourceError(f"a sample has class number {top}, the class file {len(names)} names: add the missing names")
     return names

@@ -199,6 +199,11 @@ class Build:
         self.close()
         return manifest
 
+    def abandon(self) -> None:
+        """Leave a finished artefact that was taken up again as it was."""
+        shutil.rmtree(self.folder / PARTIAL)
+        self.close()
+
     def close(self) -> None:
         """Let others write here; what is finished stays for the next run."""
         if self._lock is not None:

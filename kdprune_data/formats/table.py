@@ -10,7 +10,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdprune_data.errors import FormatError
+from kdprune_data.errors import FormatError, first_line
 from kdprune_data.formats.build import Sink
 
 ROW_GROUP = 1 << 20
@@ -63,11 +63,6 @@ def check(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
         missing = [name for name in wanted.names if name not in found.names]
         what = f"unexpected {', '.join(differing)}" if differing else f"without {', '.join(missing)}" if missing else "in another order"
         raise FormatError(f"{path} does not have the columns of its format ({what}): make or fetch it again")
-
-
-def first_line(error: BaseException) -> str:
-    """A library's message, cut to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def ipc_write(sink: Sink, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> None:

@@ -1,11 +1,10 @@
 """The networks: from a name to a module with weights, and from a module to its logits and its embedding.
 
 `resolve` turns a name and a few settings into an `Architecture`, five plain values that a model folder's manifest keeps; `build` turns
-those and a seed into a module on the CPU, always with fresh weights and never from the network; `load_weights` puts a file's weights
-into it; `features` runs it and returns what its last layer read beside what that layer said. A name is a CIFAR ResNet (`resnet20`,
-learn/resnet.py), a torchvision classifier (`resnet18`), `timm/NAME`, or the user's own `package.module:function`, which is called with
-the number of classes and runs only when the user names it on that very command line: an architecture that came with a shared model can
-ask for code, but never start it. A weights file is never unpickled freely.
+those and a seed into a module on the CPU, always with fresh weights and never from the network; `features` runs it and returns what its
+last layer read beside what that layer said. A name is a CIFAR ResNet (`resnet20`, learn/resnet.py), a torchvision classifier
+(`resnet18`), `timm/NAME`, or the user's own `package.module:function`, which is called with the number of classes and runs only when the
+user names it on that very command line: an architecture that came with a shared model can ask for code, but never start it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
-import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -23,12 +21,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as zoo
 
-from kdprune_data.errors import FormatError, MismatchError, SourceError, UsageError, some, unknown
+from kdprune_data.errors import FormatError, UsageError, first_line, some, unknown
 from kdprune_data.learn.resnet import DEPTHS, NORMS, norm_layer, resnet
 
 CIFAR = {f"resnet{depth}": depth for depth in DEPTHS}
@@ -48,10 +44,6 @@ LEAST_SIZE = {
     "vgg": 32,
 }
 """The smallest side in pixels that still leaves a pixel at the end, by how the name begins, with the standard stem."""
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training scripts put the weights in a checkpoint."""
-PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +242,7 @@ def _timm(arch: Architecture) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=arch.classes, **told)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{arch.name} cannot be made for images of {arch.size} pixels: {_line(error)}") from error
+        raise UsageError(f"{arch.name} cannot be made for images of {arch.size} pixels: {first_line(error)}") from error
     return model
 
 
@@ -263,7 +255,7 @@ def _own(name: str, classes: int, code: str | None) -> nn.Module:
         try:
             model = getattr(importlib.import_module(module), function)(classes)
         except Exception as error:  # it is anybody's code and may raise anything
-            raise UsageError(f"--code {name} failed: {type(error).__name__}: {_line(error)}") from error
+            raise UsageError(f"--code {name} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"--code {name} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -280,11 +272,6 @@ def _here_on_path() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the imported code may have taken it out itself
             sys.path.remove(here)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of what an error says, at most 200 characters."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def head(model: nn.Module) -> nn.Linear | nn.Conv2d:
@@ -330,82 +317,3 @@ def _made_by(last: nn.Linear | nn.Conv2d, output: Tensor, logits: Tensor) -> boo
     if isinstance(last, nn.Conv2d):
         return logits.shape == output.shape[:2]
     return output is logits or torch.equal(output.float(), logits.float())
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put a file's weights into the model, all of them or none.
-
-    `.safetensors`, or anything else that `torch.load(weights_only=True)` reads: a state dict, bare or inside a checkpoint, with or
-    without the prefix of DataParallel or torch.compile. Values are cast to the model's own types.
-
-    Raises SourceError when the file cannot be read without running code in it, MismatchError when the weights are another model's.
-    """
-    path = Path(path)
-    found = _without_prefix(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path), model)
-    own = model.state_dict()
-    # Files from before torch 0.4.1 lack these counters, which matter only where momentum is None.
-    missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
-    extra = [key for key in found if key not in own]
-    wrong = [
-        f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}"
-        for key, value in found.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if faults := [f"{what} {some(keys)}" for what, keys in (("missing", missing), ("unexpected", extra), ("shape", wrong)) if keys]:
-        raise MismatchError(f"{path} does not fit this model: {'; '.join(faults)}; check --model and --norm")
-    # Into the model's own dict, for its versions: torchvision's mnasnet refuses a plain one.
-    own.update(found)
-    model.load_state_dict(own)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{path} cannot be read as safetensors: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without the path, which an OSError's own text repeats."""
-    return getattr(error, "strerror", None) or _line(error)
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save; code that the file asks for is refused and not run."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken pickle can raise anything
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            # torch's own message tells people to switch the safety off.
-            why = f"it asks for {asked[1]}, and loading that could run any code; save model.state_dict() alone"
-        elif isinstance(error, OSError):
-            why = _reason(error)
-        else:
-            why = "it is damaged, or not a file of weights that torch.save made"
-        raise SourceError(f"{path} cannot be read: {why}") from error
-    return _unwrapped(found, path)
-
-
-def _unwrapped(found: Any, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors in a checkpoint."""
-    for _ in range(4):  # not forever: a pickled dict can contain itself
-        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None) if isinstance(found, dict) else None
-        if inner is None:
-            break
-        found = inner
-    if not isinstance(found, dict) or not found:
-        raise SourceError(f"{path} holds no weights but {type(found).__name__}: save model.state_dict()")
-    if other := [str(key) for key, value in found.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
-        raise SourceError(f"{path} holds more than weights: {some(other)}; save model.state_dict() alone, or under 'state_dict'")
-    return found
-
-
-def _without_prefix(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The same tensors without the prefixes that all their names have and the model's do not."""
-    own = model.state_dict()
-    while found:
-        prefix = next((p for p in PREFIXES if all(k.startswith(p) for k in found) and not all(k.startswith(p) for k in own)), None)
-        if prefix is None:
-            break
-        found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdprune_data.errors import SourceError, UsageError, some
-from kdprune_data.formats.table import first_line
+from kdprune_data.errors import SourceError, UsageError, first_line, some
 from kdprune_data.sources.base import Item, key_of, listing
 
 BATCH_ROWS = 1000
@@ -77,14 +76,14 @@ class ParquetSource:
 
     @cached_property
     def classes(self) -> Sequence[str]:
-        """From the schema's ClassLabel; else the distinct label texts, sorted; else the numbers up to the largest label."""
+        """From the schema's ClassLabel; else the distinct label texts, sorted; else `class 0` ... up to the largest label."""
         names = self._features.get(self.label_column, {}).get("names")
         if names:
             return [str(name) for name in names]
         if pa.types.is_string(self._labels.type):
             return sorted(pc.unique(self._labels.drop_null()).to_pylist())
         top = pc.max(self._labels).as_py()
-        return [str(n) for n in range(0 if top is None else top + 1)]
+        return [f"class {n}" for n in range(0 if top is None else top + 1)]
 
     @cached_property
     def _keys_from_paths(self) -> bool:

@@ -18,11 +18,11 @@ from kdprune_data.learn.models import (
     build,
     features,
     head,
-    load_weights,
     names,
     resolve,
 )
 from kdprune_data.learn.resnet import norm_layer, resnet
+from kdprune_data.learn.weights import load_weights
 
 TORCHVISION = [name for name in names() if name not in CIFAR]
 REGNETS = [name for name in TORCHVISION if name.startswith("regnet")]

@@ -1,0 +1,13 @@
+"""`kdprune-data teacher`: see `kdprune_pipelines.teacher`."""
+
+from __future__ import annotations
+
+from kdprune_cli.options import command as _command
+from kdprune_pipelines.teacher import TeacherConfig, run
+
+EXAMPLES = """\
+kdprune-data teacher
+kdprune-data teacher --model resnet56 --epochs 60 --seed 1
+kdprune-data teacher --model resnet50 --weights resnet50.pth --epochs 0"""
+
+command = _command("teacher", TeacherConfig, run, EXAMPLES)

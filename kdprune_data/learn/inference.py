@@ -1,0 +1,101 @@
+"""Running a network over a data set without training it: devices, batches of outputs, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdprune_data import order
+from kdprune_data.errors import UsageError, unknown
+from kdprune_data.learn import views
+from kdprune_data.learn.stream import Images, prefetch
+from kdprune_data.learn.views import Normalisation
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: cuda where there is one, then mps, then cpu. Raises UsageError for one that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(d for d in ("cuda", "mps", "cpu") if there[d]))
+    if name not in there:
+        raise unknown("device", name, DEVICES)
+    if not there[name]:
+        raise UsageError(f"--device {name}: there is none on this machine; use --device cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def evaluating(net: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The network on the device, in eval mode, without gradients; its mode is put back."""
+    was = net.training
+    net.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub lacks it
+    try:
+        with torch.inference_mode():
+            yield net
+    finally:
+        net.train(was)
+
+
+def evaluation_batches(
+    images: Images, rows: NDArray[np.int64], *, size: int, batch: int, threads: int = 1
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """(rows, uint8 images of shape (n, 3, size, size)) in the order given, as they are evaluated."""
+
+    def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
+        return some, views.evaluation(images.get(some), size)
+
+    yield from prefetch(make, order.batches(rows, batch), threads)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network did on labelled samples. Shares in [0, 1]; `loss` in nats; `per_class` is None for a class without samples."""
+
+    samples: int
+    accuracy: float
+    loss: float
+    per_class: Sequence[float | None]
+
+    @property
+    def worst(self) -> int:
+        """The class with the lowest accuracy (the first of equals)."""
+        present = [(share, n) for n, share in enumerate(self.per_class) if share is not None]
+        return min(present)[1]
+
+
+def evaluate(
+    net: nn.Module,
+    images: Images,
+    *,
+    normalisation: Normalisation,
+    size: int,
+    device: torch.device,
+    batch: int = 256,
+) -> Evaluation:
+    """Accuracy and cross-entropy over the labelled samples that decode. Raises UsageError when there are none."""
+    data = images.data
+    rows = data.usable()[data.labels[data.usable()] >= 0]
+    if not len(rows):
+        raise UsageError(f"{data.folder} has no labelled samples: nothing to evaluate on")
+    loss = 0.0
+    right = np.zeros(len(data), bool)
+    with evaluating(net, device):
+        for some, pixels in evaluation_batches(images, rows, size=size, batch=batch):
+            logits = net(normalisation.apply(pixels.to(device))).float()
+            labels = torch.from_numpy(data.labels[some].astype(np.int64)).to(device)
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            right[some] = (logits.argmax(1) == labels).cpu().numpy()
+    classes = len(data.classes)
+    n = np.bincount(data.labels[rows], minlength=classes)
+    hits = np.bincount(data.labels[rows], weights=right[rows], minlength=classes)
+    per_class = [float(h / k) if k else None for h, k in zip(hits, n, strict=True)]
+    return Evaluation(len(rows), float(right[rows].mean()), loss / len(rows), per_class)

@@ -1,0 +1,233 @@
+"""Views: deterministic crops of a sample, and the one way to render them, for teacher and student alike.
+
+A `Policy` says what kind of views a data set gets. `geometry` draws the boxes of one view of many samples, from (policy seed, id, view)
+alone, so ranges of views can be made on different machines and a student can replay what its teacher saw. `render` turns decoded images
+and boxes into uint8 batches. `docs/formats.md`, "Views", states both exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdprune_data import order
+from kdprune_data.errors import FormatError
+from kdprune_data.images import DECODER
+
+VERSION = 1
+KERNEL = "bilinear, antialiased, float32"
+SMALL = 64
+LARGE_SIZE = 224
+TRIES = 10
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What views look like. `size`: the side of a rendered view, in pixels; `pad`: how far a pad-crop may reach outside, in pixels;
+    `scale` and `ratio`: bounds of a resized-crop's share of the area and of its width over height."""
+
+    kind: str
+    size: int
+    flip: bool
+    seed: int
+    pad: int = 0
+    scale: tuple[float, float] = (0.25, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in manifests, decoder and resize kernel included."""
+        always = {"version": VERSION, "kind": self.kind, "size": self.size, "flip": self.flip, "seed": self.seed, "decoder": DECODER}
+        if self.kind == "pad-crop":
+            return always | {"pad": self.pad, "kernel": "none"}
+        return always | {"scale": list(self.scale), "ratio": list(self.ratio), "kernel": KERNEL}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Policy:
+        """From a manifest. Raises FormatError for a policy that this version would render otherwise."""
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k not in ("version", "decoder", "kernel")
+        }
+        try:
+            policy = cls(**plain)
+        except TypeError:
+            policy = None
+        if policy is None or policy.to_dict() != dict(stored):
+            raise FormatError(f"view policy {dict(stored)} is not one that this version renders: use the version that made it")
+        return policy
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The boxes of one view of n samples, in each image's own pixels: int32 of shape (n,), and flip, bool of shape (n,)."""
+
+    top: NDArray[np.int32]
+    left: NDArray[np.int32]
+    height: NDArray[np.int32]
+    width: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+
+
+def own_size(sizes: NDArray[np.int32]) -> int | None:
+    """The side of the images when all are squares of one size of at most 64 pixels, else None. sizes: shape (n, 2)."""
+    first = int(sizes[0, 0])
+    return first if first <= SMALL and bool((sizes == first).all()) else None
+
+
+def flips(classes: Sequence[str]) -> bool:
+    """Whether mirroring keeps the class: never for digits (so neither for SVHN)."""
+    return not (classes and all(name.strip().isdigit() and len(name.strip()) == 1 for name in classes))
+
+
+def policy_for(sizes: NDArray[np.int32], classes: Sequence[str], *, size: int | None, flip: str, seed: int) -> Policy:
+    """The policy of a data set: padded crops where all images are squares of the asked size, else random resized crops.
+
+    sizes: int32 of shape (n, 2); size: side in pixels, None for the images' own or 224; flip: `auto`, `on` or `off`.
+    """
+    own = own_size(sizes)
+    side = size or own or LARGE_SIZE
+    mirror = flips(classes) if flip == "auto" else flip == "on"
+    if bool((sizes == side).all()):
+        return Policy("pad-crop", side, mirror, seed, pad=side // 8)
+    return Policy("resized-crop", side, mirror, seed)
+
+
+def geometry(policy: Policy, uids: NDArray[np.uint64], sizes: NDArray[np.int32], view: int) -> Geometry:
+    """The boxes of one view. uids: uint64 of shape (n,); sizes: int32 of shape (n, 2), heights and widths."""
+    state = order.order_hash(uids, policy.seed, f"view/{view}")
+    if policy.kind == "resized-crop":
+        return _resized_crops(policy, state, sizes)
+    reach = 2 * policy.pad + 1
+    draws = _draws(state, 3)
+    top, left = (np.floor(u * reach).astype(np.int32) - policy.pad for u in draws[:2])
+    side = np.full(len(uids), policy.size, np.int32)
+    return Geometry(top, left, side, side, policy.flip & (draws[2] < 0.5))
+
+
+def _draws(state: NDArray[np.uint64], n: int) -> list[NDArray[np.float64]]:
+    """n numbers in [0, 1) for every sample: the hash, then splitmix64 of it, again and again."""
+    found = []
+    for _ in range(n):
+        found.append(order.unit(state))
+        state = order.mix(state)
+    return found
+
+
+def _resized_crops(policy: Policy, state: NDArray[np.uint64], sizes: NDArray[np.int32]) -> Geometry:
+    """Inception-style crops, all samples at once: the first of ten tries that fits, else the largest centred box of an allowed ratio."""
+    u = _draws(state, 2 + 4 * TRIES + 1)
+    h, w = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    (a0, a1), (r0, r1) = policy.scale, (float(np.log(r)) for r in policy.ratio)
+    height, width = (side.astype(np.float64) for side in _centred(policy, h, w))
+    top, left = np.floor((h - height) / 2), np.floor((w - width) / 2)
+    open_ = np.ones(len(sizes), bool)
+    for t in range(TRIES):
+        area = h * w * (a0 + (a1 - a0) * u[2 + 4 * t])
+        ratio = np.exp(r0 + (r1 - r0) * u[3 + 4 * t])
+        cw, ch = np.floor(np.sqrt(area * ratio) + 0.5), np.floor(np.sqrt(area / ratio) + 0.5)
+        fits = open_ & (cw > 0) & (ch > 0) & (cw <= w) & (ch <= h)
+        y, x = np.floor(u[4 + 4 * t] * (h - ch + 1)), np.floor(u[5 + 4 * t] * (w - cw + 1))
+        for mine, new in ((height, ch), (width, cw), (top, y), (left, x)):
+            mine[fits] = new[fits]
+        open_ &= ~fits
+    y, x, ch, cw = (side.astype(np.int32) for side in (top, left, height, width))
+    return Geometry(y, x, ch, cw, policy.flip & (u[2 + 4 * TRIES] < 0.5))
+
+
+def _centred(policy: Policy, h: NDArray[np.float64], w: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    low, high = policy.ratio
+    height = np.where(w / h < low, np.floor(w / low + 0.5), h)
+    width = np.where(w / h > high, np.floor(h * high + 0.5), w)
+    return np.maximum(np.minimum(height, h), 1), np.maximum(np.minimum(width, w), 1)
+
+
+def render(images: Pixels | Sequence[Pixels], boxes: Geometry, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Views as a batch: uint8 of shape (n, 3, size, size).
+
+    images: uint8 of shape (n, h, w, 3), or n arrays of shape (h, w, 3). Exact for crops, padding and flips; a box of another size than
+    `size` is resized.
+    """
+    plain = isinstance(images, np.ndarray) and bool((boxes.height == size).all() and (boxes.width == size).all())
+    if isinstance(images, np.ndarray) and plain:
+        return _render_crops(torch.from_numpy(images).to(device), boxes, size)
+    return torch.stack([_render_one(image, boxes, n, size, device) for n, image in enumerate(images)])
+
+
+def _render_crops(images: Tensor, boxes: Geometry, size: int) -> Tensor:
+    """All crops in one gather over the padded images."""
+    n, h, w, _ = images.shape
+    reach = [(-boxes.left.min(), boxes.left.max() + size - w), (-boxes.top.min(), boxes.top.max() + size - h)]
+    (x0, x1), (y0, y1) = ((max(int(a), 0), max(int(b), 0)) for a, b in reach)
+    padded = F.pad(images, (0, 0, x0, x1, y0, y1))
+    along = np.arange(size)
+    rows = torch.from_numpy(boxes.top[:, None] + along + y0).long().to(images.device)
+    mirrored = np.where(boxes.flip[:, None], size - 1 - along, along)
+    columns = torch.from_numpy(boxes.left[:, None] + mirrored + x0).long().to(images.device)
+    which = torch.arange(n, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _render_one(image: Pixels, boxes: Geometry, n: int, size: int, device: torch.device | str) -> Tensor:
+    top, left, height, width = (int(side[n]) for side in (boxes.top, boxes.left, boxes.height, boxes.width))
+    h, w = image.shape[:2]
+    inside = image[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    cut = torch.from_numpy(np.ascontiguousarray(inside)).to(device).permute(2, 0, 1)
+    margins = (max(-left, 0), max(left + width - w, 0), max(-top, 0), max(top + height - h, 0))
+    if any(margins):
+        cut = F.pad(cut, margins)
+    if boxes.flip[n]:
+        cut = cut.flip(2)
+    return cut if (height, width) == (size, size) else _resize(cut, size, size)
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 of shape (3, h, w) to (3, height, width), rounded to the nearest grey level."""
+    smooth = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return smooth[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def evaluation(images: Pixels | Sequence[Pixels], size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Images as they are evaluated: as they are where they are squares of `size`, else resized to 256/224 of it and the centre cut out.
+
+    Returns uint8 of shape (n, 3, size, size).
+    """
+    if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
+        return torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+    return torch.stack([_centre(image, size, device) for image in images])
+
+
+def _centre(image: Pixels, size: int, device: torch.device | str) -> Tensor:
+    whole = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)
+    h, w = image.shape[:2]
+    if (h, w) == (size, size):
+        return whole
+    short = (size * 256 + 112) // 224
+    high, wide = (short, w * short // h) if h <= w else (h * short // w, short)
+    scaled = _resize(whole, high, wide)
+    top, left = (high - size) // 2, (wide - size) // 2
+    return scaled[:, top : top + size, left : left + size]
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation of pixel values in [0, 1], taken from inputs before a network sees them."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """As it stands in manifests."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    def apply(self, batch: Tensor) -> Tensor:
+        """uint8 of shape (n, 3, s, s) to normalised float32 of the same shape, in channels-last memory."""
+        mean, std = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        scaled = batch.to(torch.float32, memory_format=torch.channels_last)
+        return scaled.div_(255).sub_(mean).div_(std)

@@ -1,0 +1,101 @@
+"""Somebody else's numbers and lists: a Parquet file of scores, a file of ids to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdprune_data import order
+from kdprune_data.errors import SourceError, UsageError, first_line
+from kdprune_data.formats import table
+
+ID_COLUMNS = ("id", "key", "uid", "__key__")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A list of samples by uid, with the names they came under (for messages) and, for scores, a number each and the field's metadata."""
+
+    uids: NDArray[np.uint64]
+    names: Any
+    values: NDArray[np.float64] | None = None
+    metadata: dict[str, str] | None = None
+
+
+def read_scores(path: Path, column: str) -> Named:
+    """The column of a Parquet file, by its id column (`id`, `key`, `uid` or `__key__`).
+
+    Raises UsageError when a column is missing, SourceError when it is not numbers.
+    """
+    schema = _schema(path)
+    if column not in schema.names:
+        raise UsageError(f"{path} has no column {column!r}: it has {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise SourceError(f"{path}: column {column!r} is {kind}: scores must be numbers")
+    names = _id_column(path, schema)
+    rows = table.read(path, columns=[names, column])
+    values = np.asarray(rows[column].cast(pa.float64()).fill_null(float("nan")).to_numpy(), np.float64)
+    metadata = {k.decode(): v.decode() for k, v in (schema.field(column).metadata or {}).items()}
+    return Named(*_uids(rows[names]), values, metadata)
+
+
+def read_ids(path: Path) -> Named:
+    """Samples to keep: a text file with one id a line, a Parquet file with an id column, or a .npy array of texts or of uint64 uids.
+
+    Raises UsageError for another kind of file, SourceError for one that cannot be read.
+    """
+    if not path.is_file():
+        raise UsageError(f"--keys {path} does not exist: give a .txt, .parquet or .npy file of ids")
+    if path.suffix == ".parquet":
+        names = _id_column(path, _schema(path))
+        return Named(*_uids(table.read(path, columns=[names])[names]))
+    if path.suffix == ".npy":
+        return _from_npy(path)
+    if path.suffix == ".txt":
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return Named(order.uids_of(lines), lines)
+    raise UsageError(f"--keys {path}: cannot tell what a {path.suffix or 'nameless'} file holds; give a .txt, .parquet or .npy file of ids")
+
+
+def _from_npy(path: Path) -> Named:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path} cannot be read as a plain numpy array ({first_line(error)}): save texts or uint64 uids") from None
+    if array.ndim == 1 and array.dtype == np.uint64:
+        return Named(array, array)
+    if array.ndim == 1 and array.dtype.kind in "US":
+        names = [n.decode() if isinstance(n, bytes) else str(n) for n in array.tolist()]
+        return Named(order.uids_of(names), names)
+    raise SourceError(f"{path} is {array.dtype} of shape {array.shape}: expected one row of texts (ids) or of uint64 (uids)")
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path} cannot be read as Parquet ({first_line(error)}): give another file") from None
+
+
+def _id_column(path: Path, schema: pa.Schema) -> str:
+    for name in ID_COLUMNS:
+        if name in schema.names:
+            return name
+    raise UsageError(f"{path} has no column {' or '.join(ID_COLUMNS)} to join by: it has {', '.join(schema.names)}; rename the id column")
+
+
+def _uids(column: pa.ChunkedArray) -> tuple[NDArray[np.uint64], Any]:
+    if column.null_count:
+        raise SourceError(f"the id column has {column.null_count:,} empty rows: every row needs an id")
+    if pa.types.is_uint64(column.type):
+        uids = np.asarray(column.to_numpy(), np.uint64)
+        return uids, uids
+    names = [str(n) for n in column.to_pylist()]
+    return order.uids_of(names), names

@@ -1,0 +1,71 @@
+"""Model folders: from a manifest to a network that runs, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdprune_data.errors import FormatError
+from kdprune_data.formats.manifest import Manifest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kdprune_data.learn.models import Architecture
+    from kdprune_data.learn.views import Normalisation
+
+WEIGHTS = "model.safetensors"
+
+
+def epoch_weights(epoch: int) -> str:
+    """The file that holds the weights after an epoch, counted from 1."""
+    return f"epoch-{epoch:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished model folder."""
+
+    folder: Path
+    manifest: Manifest
+    architecture: Architecture
+    normalisation: Normalisation
+
+    @property
+    def kept_epochs(self) -> list[int]:
+        """Epochs whose weights are kept, ascending."""
+        names = [f.path for f in self.manifest.files if f.path.startswith("epoch-")]
+        return sorted(int(name[6:].split(".")[0]) for name in names)
+
+    @property
+    def recorded_epochs(self) -> list[int]:
+        """Epochs whose dynamics are recorded, ascending."""
+        names = [f.path for f in self.manifest.files if f.path.startswith("dynamics/epoch-")]
+        return sorted(int(name[15:].split(".")[0]) for name in names)
+
+    def load(self, *, code: str | None, epoch: int | None = None) -> nn.Module:
+        """The network with the final weights, or those after a kept epoch.
+
+        Raises UsageError when it is the user's own function and `code` does not name it.
+        """
+        from kdprune_data.learn.models import build
+        from kdprune_data.learn.weights import load_weights
+
+        net = build(self.architecture, seed=0, code=code)
+        load_weights(net, self.folder / (WEIGHTS if epoch is None else epoch_weights(epoch)))
+        return net
+
+
+def open_model(folder: Path) -> Saved:
+    """Open a finished model folder. Raises UsageError when it is none, FormatError when its manifest lacks what a model needs."""
+    from kdprune_data.learn.models import Architecture
+    from kdprune_data.learn.views import Normalisation
+
+    manifest = Manifest.load(folder, kinds=("model",))
+    try:
+        stored = manifest.config["normalisation"]
+        normalisation = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+        return Saved(folder, manifest, Architecture.from_dict(manifest.config["architecture"]), normalisation)
+    except (KeyError, TypeError):
+        raise FormatError(f"{folder} lacks an architecture or a normalisation in its manifest: make or fetch it again") from None

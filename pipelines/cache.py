@@ -1,0 +1,191 @@
+"""`cache`: what the teacher says of many views of each kept sample.
+
+1. The views' boxes are drawn from (seed, id, view) for the data set's policy, at the teacher's input size.
+2. Each sample is decoded once for all new views; every view is rendered and shown to the teacher, in batches that do not cross a shard.
+3. Per shard: the rows once, and one file of geometry and logits for each range of views.
+
+Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds files and leaves those that stand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from kdprune_pipelines import _workspace
+from kdprune_pipelines._console import Outcome, bar, count, megabytes, say
+from kdprune_pipelines._models import Saved, open_model
+from numpy.typing import NDArray
+
+from kdprune_data import order
+from kdprune_data.config import Config, option
+from kdprune_data.formats import logits as cached
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.dataset import Dataset, digests_of
+from kdprune_data.formats.logits import DTYPES, LogitCache, ViewRows
+from kdprune_data.formats.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kdprune_data.learn.stream import Images
+    from kdprune_data.learn.views import Geometry, Policy
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class CacheConfig(Config):
+    """Settings of `cache`."""
+
+    subset: Path | None = option(None, help="The subset or data set to cache for; default the only one in subsets/.", argument=True)
+    teacher: Path | None = option(None, help="The teacher's folder; default the only one in teachers/.")
+    views: int = option(8, help="How many views of each sample; more than are there adds the missing.", least=1, most=10_000)
+    dtype: str = option("float16", help="How logits are stored.", choices=tuple(DTYPES))
+    flip: str = option("auto", help="Mirror views left to right; auto: not for digits.", choices=("auto", "on", "off"))
+    seed: int = option(0, help="Seed of the views.", least=0)
+    batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
+    code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
+    device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
+    name: str | None = option(None, help="Name in logits/; default SUBSET--TEACHER.")
+    out: Path | None = option(None, help="Exact folder to write.")
+    overwrite: bool = option(False, help="Replace what stands in the folder.")
+
+
+@dataclass(frozen=True)
+class Caching:
+    """The teacher at work on one data set."""
+
+    config: CacheConfig
+    saved: Saved
+    images: Images
+    net: nn.Module
+    policy: Policy
+    device: torch.device
+
+
+def run(config: CacheConfig) -> Outcome:
+    """Fill a logit cache. Raises UsageError, MismatchError, SourceError and ExistsError."""
+    from kdprune_data.learn import views
+
+    data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
+    saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
+    data.same_classes(saved.manifest.classes, str(saved.folder))
+    size = saved.architecture.size
+    policy = views.policy_for(data.sizes[data.usable()], data.classes, size=size, flip=config.flip, seed=config.seed)
+    folder, name = _workspace.place(config.out, config.name, _workspace.LOGITS, f"{data.manifest.name}--{saved.manifest.name}")
+    settings = {"dtype": config.dtype, "policy": policy.to_dict(), "precision": "float32", "batch": config.batch}
+    inputs = [data.manifest.as_input("data"), saved.manifest.as_input("teacher")]
+    with Build.begin(folder, Identity("logits", name, settings, inputs), overwrite=config.overwrite, append=True) as build:
+        there = LogitCache.open(folder).views if (folder / "manifest.json").is_file() else 0
+        if config.views <= there:
+            build.abandon()
+            say(f"already done: {count(there, 'view')} there")
+        else:
+            _fill(_caching(config, saved, data, policy), build, there)
+    return _outcome(folder, Manifest.load(folder))
+
+
+def _caching(config: CacheConfig, saved: Saved, data: Dataset, policy: Policy) -> Caching:
+    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.stream import Images
+
+    return Caching(config, saved, Images(data), saved.load(code=config.code), policy, choose_device(config.device))
+
+
+def _fill(caching: Caching, build: Build, there: int) -> None:
+    """Add the views from `there` on, shard by shard, and seal."""
+    data, config = caching.images.data, caching.config
+    shards = np.unique(data.shards[data.usable()]).tolist()
+    largest = max(len(data.rows_of(s)) for s in shards)
+    classes = len(data.classes)
+    spans = cached.ranges(there, config.views - 1, largest * (classes * np.dtype(DTYPES[config.dtype]).itemsize + 9))
+    new = config.views - there
+    size = len(data.usable()) * new * classes * np.dtype(DTYPES[config.dtype]).itemsize
+    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')} on {caching.device}: about {megabytes(size)}")
+    with bar("cache", total=len(data.usable()) * new, unit="view") as progress:
+        for first, last in spans:
+            for shard in shards:
+                rows = data.rows_of(shard)
+                if build.finished(cached.view_path(first, last, shard)) is None or build.finished(cached.rows_path(shard)) is None:
+                    _fill_shard(caching, build, shard, (first, last))
+                progress.update(len(rows) * (last - first + 1))
+    counts = {"samples": len(data.usable()), "views": config.views, "classes": classes}
+    build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
+
+
+def _fill_shard(caching: Caching, build: Build, shard: int, span: tuple[int, int]) -> None:
+    """One range of views of one shard: its view file, and the rows if they are not there yet."""
+    data = caching.images.data
+    rows = data.rows_of(shard)
+    found, kl = _views(caching, rows, span)
+    correct = [cached.top1(view.logits, data.labels[rows]) for view in found]
+    metadata: dict[str, Any] = {
+        "format": "1",
+        "rows": cached.rows_digest(data.ids[rows], digests_of(data.index["sha256"])[rows]),
+        "teacher": caching.saved.manifest.digest,
+        "policy": caching.policy.to_dict(),
+        "normalisation": caching.saved.normalisation.to_dict(),
+        "views": f"{span[0]},{span[1]}",
+        "top1_correct": [int(c.sum()) for c in correct],
+        "kl": kl,
+    }
+    cached.write_views(build, cached.view_path(*span, shard), found, metadata)
+    if build.finished(cached.rows_path(shard)) is None:
+        cached.write_rows(build, shard, data, rows, np.sum(correct, 0, dtype=np.int32))
+
+
+def _views(caching: Caching, rows: NDArray[np.int64], span: tuple[int, int]) -> tuple[list[ViewRows], dict[str, float]]:
+    """All views of a range of some rows, and the mean KL between what the teacher said and what is stored."""
+    import torch
+
+    from kdprune_data.learn import views
+    from kdprune_data.learn.inference import evaluating
+    from kdprune_data.learn.losses import kl
+    from kdprune_data.learn.stream import prefetch
+
+    data, config = caching.images.data, caching.config
+    span_views = range(span[0], span[1] + 1)
+    boxes = [views.geometry(caching.policy, data.uids[rows], data.sizes[rows], view) for view in span_views]
+    said: list[list[NDArray[np.floating]]] = [[] for _ in boxes]
+    lost = dict.fromkeys(TEMPERATURES, 0.0)
+
+    def make(at: NDArray[np.int64]) -> list[torch.Tensor]:
+        images = caching.images.get(rows[at])
+        return [views.render(images, _slice(box, at), caching.policy.size) for box in boxes]
+
+    places = list(order.batches(np.arange(len(rows)), config.batch))
+    with evaluating(caching.net, caching.device) as net:
+        for batch in prefetch(make, places, config.jobs):
+            for n, pixels in enumerate(batch):
+                full = net(caching.saved.normalisation.apply(pixels.to(caching.device))).float().cpu()
+                kept = cached.stored(full.numpy(), config.dtype)
+                for tau in TEMPERATURES:
+                    lost[tau] += float(kl(torch.from_numpy(kept.astype(np.float32)), full, tau)) * len(full)
+                said[n].append(kept)
+    views_of = [_rows(box, np.concatenate(logits)) for box, logits in zip(boxes, said, strict=True)]
+    return views_of, {f"{tau:g}": round(lost[tau] / (len(rows) * len(boxes)), 9) for tau in TEMPERATURES}
+
+
+def _rows(boxes: Geometry, logits: NDArray[np.floating]) -> ViewRows:
+    return ViewRows(boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip, logits)
+
+
+def _slice(boxes: Geometry, at: NDArray[np.int64]) -> Geometry:
+    from kdprune_data.learn.views import Geometry
+
+    return Geometry(boxes.top[at], boxes.left[at], boxes.height[at], boxes.width[at], boxes.flip[at])
+
+
+def _outcome(folder: Path, made: Manifest) -> Outcome:
+    counts, size = made.counts, sum(f.bytes for f in made.files)
+    per_view = size / (counts["samples"] * counts["views"])
+    text = (
+        f"{folder}: {count(counts['views'], 'view')} of {count(counts['samples'], 'sample')}, {megabytes(size)} "
+        f"({per_view:.0f} bytes a view), {made.config['dtype']}"
+    )
+    return Outcome(folder, {"folder": str(folder), "counts": counts, "bytes": size, "digest": made.digest}, text)

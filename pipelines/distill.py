@@ -1,0 +1,196 @@
+"""`distill`: train a student from pruned shards, with the cached soft labels of its views.
+
+1. Find the subset, and the logit cache that holds its samples; join them by id, refusing what does not belong together.
+2. Each epoch replays one cached view of every sample, boxes and logits as stored; the loss mixes label and teacher by alpha.
+3. Without a cache (or with `--logits none`): labels only, views drawn by the same rules.
+
+Writes `students/SUBSET--MODEL-aALPHA-sSEED`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdprune_pipelines import _training, _workspace
+from kdprune_pipelines._console import Outcome, say
+from kdprune_pipelines._training import TrainingConfig
+
+from kdprune_data.config import option
+from kdprune_data.errors import MismatchError, UsageError
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.logits import LogitCache
+from kdprune_data.formats.manifest import Manifest
+
+if TYPE_CHECKING:
+    from kdprune_data.learn.stream import Images, ViewSource
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainingConfig):
+    """Settings of `distill`."""
+
+    subset: Path | None = option(None, help="The subset (or data set) to train on; default the only one in subsets/.", argument=True)
+    logits: str | None = option(None, help="The logit cache's folder, or none for labels only; default the only one that fits in logits/.")
+    teacher: Path | None = option(None, help="Refuse a cache of any other teacher than this one.")
+    model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
+    alpha: str = option(
+        "auto", help="Weight of the teacher, 0 to 1; auto: 0.9 up to a tenth kept, linear in log10 to 0.5 at all (provisional)."
+    )
+    temperature: float = option(4.0, help="Temperature of both softmaxes.", least=0.01, most=1000)
+    views: int | None = option(None, help="Use the first N views in turn; default all cached, or a new one every epoch.", least=1)
+    view_seed: int | None = option(None, help="Seed of the views; default the cache's, or --seed.", least=0)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the student learns from: views and soft labels, and how much they count."""
+
+    views: ViewSource
+    cited: dict[str, Any]
+    alpha: float
+    cache: LogitCache | None
+
+
+def run(config: DistillConfig) -> Outcome:
+    """Train a student. Raises UsageError, MismatchError, FormatError and ExistsError."""
+    from kdprune_data.learn import models
+    from kdprune_data.learn.stream import Images, normalisation_of
+
+    started = time.monotonic()
+    if config.epochs == 0 and config.steps is None:
+        raise UsageError("--epochs 0 trains nothing: give at least 1")
+    data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
+    val = _workspace.optional_data(config.val, "val")
+    lesson = _lesson(config, data)
+    images = Images(data)
+    policy = lesson.views.policy
+    architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
+    normalisation = normalisation_of(images)
+    plain = config.model.replace(":", "-").replace("/", "-")
+    derived = f"{data.manifest.name}--{plain}-a{lesson.alpha:g}-s{config.seed}"
+    folder, name = _workspace.place(config.out, config.name, _workspace.STUDENTS, derived)
+    settings = _training.setting(config.recipe(), architecture, normalisation, policy.to_dict())
+    settings |= {"role": "student", "alpha": lesson.alpha, "temperature": config.temperature, "views": lesson.cited}
+    inputs = [data.manifest.as_input("data")]
+    if lesson.cache is not None:
+        inputs.append(lesson.cache.manifest.as_input("logits"))
+    with Build.begin(folder, Identity("model", name, settings, inputs), overwrite=config.overwrite) as build:
+        if build.done is not None:
+            say("already done")
+            return _training.outcome(folder, build.done, started)
+        net = models.build(architecture, seed=config.seed, code=config.model)
+        made = _train(config, build, lesson, images, net, val)
+    return _training.outcome(folder, made, started)
+
+
+def _lesson(config: DistillConfig, data: Dataset) -> Lesson:
+    """Cached views with soft labels where there is a cache, drawn views and labels only where there is none."""
+    from kdprune_data.learn import views
+    from kdprune_data.learn.losses import auto_alpha
+    from kdprune_data.learn.stream import DrawnViews, cached_views
+
+    folder = _find_logits(config, data)
+    if folder is None:
+        alpha = 0.0 if config.alpha == "auto" else _number(config.alpha)
+        if alpha:
+            raise UsageError(
+                f"--alpha {config.alpha} weighs a teacher, and there is no logit cache: run `kdprune-data cache`, or --alpha 0"
+            )
+        _check_labels(data, alpha)
+        seed = config.seed if config.view_seed is None else config.view_seed
+        policy = views.policy_for(data.sizes[data.usable()], data.classes, size=config.size, flip=config.flip, seed=seed)
+        return Lesson(DrawnViews(data, policy, config.views), {"from": "drawn", "count": config.views}, alpha, None)
+    cache = LogitCache.open(folder)
+    _check_asked(config, data, cache)
+    source = cached_views(data, cache, config.views)
+    kept = _workspace.root_fraction(data.manifest.as_input("data"))
+    alpha = auto_alpha(kept) if config.alpha == "auto" else _number(config.alpha)
+    _check_labels(data, alpha)
+    provisional = " (auto, provisional)" if config.alpha == "auto" else ""
+    say(f"alpha {alpha:g}{provisional}, temperature {config.temperature:g}, kept fraction {kept:g}, {source.count} cached views")
+    files = [{"path": f.path, "sha256": f.sha256} for f in cache.manifest.files if _holds(f.path, source.count)]
+    return Lesson(source, {"from": "cache", "count": source.count, "files": files}, alpha, cache)
+
+
+def _holds(path: str, count: int) -> bool:
+    """Whether a file of a cache is read for its first `count` views."""
+    return path.startswith("rows/") or int(path[6:10]) < count
+
+
+def _find_logits(config: DistillConfig, data: Dataset) -> Path | None:
+    if config.logits == "none":
+        return None
+    if config.logits is not None:
+        return Path(config.logits)
+    contents = _workspace.contents(data.manifest.as_input("data"))
+    fits = _workspace.candidates(_workspace.LOGITS, lambda m: m.content in contents)
+    if not fits:
+        say(f"no logit cache for {data.folder} in logits/: labels only (run `kdprune-data cache` to distil)")
+        return None
+    return _workspace.one(None, _workspace.LOGITS, "--logits", lambda m: m.content in contents)
+
+
+def _number(alpha: str) -> float:
+    try:
+        value = float(alpha)
+    except ValueError:
+        raise UsageError(f"--alpha {alpha!r} is not a number: give auto, or a weight from 0 to 1") from None
+    if not 0 <= value <= 1:
+        raise UsageError(f"--alpha {alpha} is out of range: from 0 (labels only) to 1 (teacher only)")
+    return value
+
+
+def _check_labels(data: Dataset, alpha: float) -> None:
+    unlabelled = int((data.labels[data.usable()] < 0).sum())
+    if unlabelled and alpha < 1:
+        raise UsageError(f"{data.folder} has {unlabelled:,} samples without a label: train with a logit cache and --alpha 1")
+
+
+def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> None:
+    """Raise MismatchError when the cache is not of the teacher or of the views that were asked for."""
+    from kdprune_data.learn import views
+    from kdprune_data.learn.stream import check_policy
+
+    if config.teacher is not None:
+        asked = Manifest.load(config.teacher, kinds=("model",))
+        if asked.digest != cache.teacher["digest"]:
+            raise MismatchError(
+                f"{cache.folder} holds the logits of teacher {cache.teacher['name']} ({cache.teacher['digest'][:12]}), not of "
+                f"{config.teacher} ({asked.digest[:12]}): use its own cache, or run cache with that teacher"
+            )
+    if config.size is not None or config.flip != "auto" or config.view_seed is not None:
+        there = views.Policy.from_dict(cache.policy)
+        flip = config.flip if config.flip != "auto" else "on" if there.flip else "off"
+        seed = there.seed if config.view_seed is None else config.view_seed
+        sizes = data.sizes[data.usable()]
+        check_policy(cache, views.policy_for(sizes, data.classes, size=config.size or there.size, flip=flip, seed=seed))
+
+
+def _train(config: DistillConfig, build: Build, lesson: Lesson, images: Images, net: Any, val: Path | None) -> Manifest:
+    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.loop import Hooks, Training
+    from kdprune_data.learn.losses import distillation
+    from kdprune_data.learn.stream import Feed
+    from kdprune_data.learn.views import Normalisation
+
+    data = images.data
+    stored = build.identity.config["normalisation"]
+    normalisation = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+    device = choose_device(config.device)
+    training = Training(
+        net, Feed(images, lesson.views, config.batch, config.seed, config.jobs), config.recipe(), normalisation=normalisation, device=device
+    )
+    _training.announce(config.model, training)
+    validate = _training.validator(_training.open_val(val, data), normalisation, lesson.views.policy.size, device)(net)
+    hooks = Hooks(validate=validate, validate_every=max(1, training.plan.epochs // 30))
+    keep = _training.kept_epochs(config.keep_epochs, training.plan.epochs) if config.keep_epochs else []
+    alpha, tau = lesson.alpha, config.temperature
+    job = _training.Job(
+        build, training, keep, lambda z, batch: distillation(z, batch.logits, batch.labels, alpha=alpha, temperature=tau), hooks
+    )
+    counts = _training.train(job)
+    return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)

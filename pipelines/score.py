@@ -1,0 +1,219 @@
+"""`score`: one pass of the teacher over the data, a Parquet part per shard.
+
+1. Each shard's images are decoded once; the final network and the early one (for el2n and grand) look at them as they are evaluated.
+2. Scores from training dynamics (forgetting, aum, correct) are added from the teacher's folder, by id.
+
+Writes `scores/TEACHER`: `part-NNNNNN.parquet`, and on request `embedding-` and `logits-NNNNNN.arrow`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from kdprune_pipelines import _workspace
+from kdprune_pipelines._console import Outcome, bar, count, say
+from kdprune_pipelines._models import Saved, open_model
+from numpy.typing import NDArray
+
+from kdprune_data import order
+from kdprune_data.config import Config, option
+from kdprune_data.errors import SourceError, UsageError, some
+from kdprune_data.formats import dynamics
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.scores import PART, SCORES, write_part, write_vectors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kdprune_data.learn.stream import Images
+    from kdprune_data.scores import Outputs
+
+Columns = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class ScoreConfig(Config):
+    """Settings of `score`."""
+
+    data: Path | None = option(None, help="The data set to score; default data/train.")
+    teacher: Path | None = option(None, help="The teacher's folder; default the only one in teachers/.")
+    embedding: bool = option(False, help="Also write each sample's embedding (the last layer's input), float16.")
+    logits: bool = option(False, help="Also write each sample's logits, float16.")
+    batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
+    code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
+    device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
+    name: str | None = option(None, help="Name in scores/; default the teacher's.")
+    out: Path | None = option(None, help="Exact folder to write.")
+    overwrite: bool = option(False, help="Replace what stands in the folder.")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The networks and what they score with."""
+
+    config: ScoreConfig
+    saved: Saved
+    images: Images
+    final: nn.Module
+    early: nn.Module | None
+    device: torch.device
+    past: dict[str, NDArray[np.float32]]
+    """Scores from dynamics of all rows of the data set."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Which file of the teacher's each score comes from."""
+        final, recorded = "model.safetensors", f"dynamics of {len(self.saved.recorded_epochs)} epochs"
+        early = f"epoch-{early_epoch(self.saved):03d}.safetensors" if self.early is not None else final
+        by_kind = {"final": final, "early": early, "dynamics": recorded}
+        return {name: by_kind[score.source] for name, score in SCORES.items() if score.source != "dynamics" or name in self.past}
+
+
+def run(config: ScoreConfig) -> Outcome:
+    """Score a data set. Raises UsageError, MismatchError, SourceError and ExistsError."""
+    data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
+    saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
+    data.same_classes(saved.manifest.classes, str(saved.folder))
+    unlabelled = data.ids[data.usable()[data.labels[data.usable()] < 0]]
+    if len(unlabelled):
+        raise UsageError(
+            f"{data.folder} has {count(len(unlabelled), 'sample')} without a label ({some(unlabelled)}): these scores need labels"
+        )
+    folder, name = _workspace.place(config.out, config.name, _workspace.SCORES, saved.manifest.name)
+    past = _from_dynamics(saved, data)
+    settings: dict[str, Any] = {
+        "columns": [n for n, s in SCORES.items() if s.source != "dynamics" or n in past],
+        "early_epoch": early_epoch(saved),
+        "embedding": config.embedding,
+        "logits": config.logits,
+        "batch": config.batch,
+        "precision": "float32",
+    }
+    inputs = [data.manifest.as_input("data"), saved.manifest.as_input("teacher")]
+    with Build.begin(folder, Identity("scores", name, settings, inputs), overwrite=config.overwrite) as build:
+        if build.done is not None:
+            say("already done")
+            return _outcome(folder, build.done)
+        return _outcome(folder, _score(_scorer(config, saved, data, past), build, data))
+
+
+def early_epoch(saved: Saved) -> int | None:
+    """The kept epoch that el2n and grand are read from: the first, when it is not the last."""
+    kept = saved.kept_epochs
+    return kept[0] if kept and kept[0] < saved.manifest.counts["epochs"] else None
+
+
+def _scorer(config: ScoreConfig, saved: Saved, data: Dataset, past: dict[str, NDArray[np.float32]]) -> Scorer:
+    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.stream import Images
+
+    early = early_epoch(saved)
+    if early is None:
+        say("the teacher keeps no early epoch: el2n and grand are read from its final weights")
+    nets = saved.load(code=config.code), saved.load(code=config.code, epoch=early) if early else None
+    return Scorer(config, saved, Images(data), *nets, choose_device(config.device), past)
+
+
+def _from_dynamics(saved: Saved, data: Dataset) -> dict[str, NDArray[np.float32]]:
+    """forgetting, aum and correct of every row of the data set that decodes (others 0); nothing where the teacher did not see them all."""
+    from kdprune_data.scores import FROM_DYNAMICS, History
+
+    epochs = saved.recorded_epochs
+    if not epochs:
+        say("the teacher has no training dynamics: forgetting, aum and correct are left out")
+        return {}
+    columns = [dynamics.read(saved.folder, epoch, ["uid", "correct", "logit_margin"]) for epoch in epochs]
+    found = order.locate(columns[0]["uid"], data.uids[data.usable()])
+    if (found < 0).any():
+        say(f"the teacher was trained without {count(int((found < 0).sum()), 'sample')} of these: forgetting, aum and correct are left out")
+        return {}
+    history = History(*(np.stack([c[name][found] for c in columns]) for name in ("correct", "logit_margin")))
+    scores = {}
+    for name, score in FROM_DYNAMICS.items():
+        scores[name] = np.zeros(len(data), np.float32)
+        scores[name][data.usable()] = score(history)
+    return scores
+
+
+def _score(scorer: Scorer, build: Build, data: Dataset) -> Manifest:
+    shards = np.unique(data.shards[data.usable()]).tolist()
+    samples = len(data.usable())
+    say(f"scoring {count(samples, 'sample')} in {count(len(shards), 'shard')} on {scorer.device}")
+    with bar("score", total=samples) as progress:
+        for shard in shards:
+            rows = data.rows_of(shard)
+            if build.finished(PART % shard) is None:
+                _score_shard(scorer, build, shard, rows)
+            progress.update(len(rows))
+    counts = {"samples": samples, "shards": len(shards)}
+    return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
+
+
+def _score_shard(scorer: Scorer, build: Build, shard: int, rows: NDArray[np.int64]) -> None:
+    """Score one shard; its part is written last, so that one that stands is complete with its vectors."""
+    from kdprune_data.learn.inference import evaluating, evaluation_batches
+
+    data, config = scorer.images.data, scorer.config
+    pieces: list[Columns] = []
+    vectors: dict[str, list[NDArray[np.float16]]] = {"embedding": [], "logits": []}
+    with evaluating(scorer.final, scorer.device), evaluating(scorer.early or scorer.final, scorer.device):
+        size = scorer.saved.architecture.size
+        for some_rows, pixels in evaluation_batches(scorer.images, rows, size=size, batch=config.batch, threads=config.jobs):
+            final, early = _outputs(scorer, some_rows, pixels)
+            pieces.append(_columns(final, early))
+            for what in vectors:
+                vectors[what].append(getattr(final, what).cpu().numpy().astype(np.float16))
+    columns = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+    columns |= {name: values[rows] for name, values in scorer.past.items()}
+    _check_finite(columns, data, rows)
+    for what, wanted in (("embedding", config.embedding), ("logits", config.logits)):
+        if wanted:
+            write_vectors(build, what, shard, np.concatenate(vectors[what]))
+    ordered = {name: columns[name] for name in SCORES if name in columns}
+    write_part(build, shard, data.ids[rows].tolist(), data.labels[rows], ordered, scorer.sources)
+
+
+def _outputs(scorer: Scorer, rows: NDArray[np.int64], pixels: torch.Tensor) -> tuple[Outputs, Outputs]:
+    import torch
+
+    from kdprune_data.learn.models import features
+    from kdprune_data.scores import Outputs
+
+    images = scorer.saved.normalisation.apply(pixels.to(scorer.device))
+    labels = torch.from_numpy(scorer.images.data.labels[rows].astype(np.int64)).to(scorer.device)
+
+    def of(net: nn.Module) -> Outputs:
+        embedding, logits = features(net, images)
+        return Outputs(logits, labels, embedding)
+
+    final = of(scorer.final)
+    return final, of(scorer.early) if scorer.early is not None else final
+
+
+def _columns(final: Outputs, early: Outputs) -> Columns:
+    from kdprune_data.scores import FROM_OUTPUTS
+
+    by_source = {"final": final, "early": early}
+    return {name: score(by_source[SCORES[name].source]).float().cpu().numpy() for name, score in FROM_OUTPUTS.items()}
+
+
+def _check_finite(columns: Columns, data: Dataset, rows: NDArray[np.int64]) -> None:
+    for name, values in columns.items():
+        bad = data.ids[rows[~np.isfinite(values)]]
+        if len(bad):
+            raise SourceError(
+                f"{name} is not a finite number for {count(len(bad), 'sample')} ({some(bad)}): the teacher's weights are broken"
+            )
+
+
+def _outcome(folder: Path, made: Manifest) -> Outcome:
+    counts = made.counts
+    text = f"{folder}: {count(counts['samples'], 'sample')}, {', '.join(made.config['columns'])}"
+    return Outcome(folder, {"folder": str(folder), "counts": counts, "columns": made.config["columns"], "digest": made.digest}, text)

@@ -1,0 +1,253 @@
+"""`select`: which samples to keep, and pruned shards of them.
+
+1. Candidates: the samples of the data set that decode. k = floor(frac * N + 1/2).
+2. Rank them (at random by hash, by a recorded or foreign score) and keep k, balanced by class; or take somebody's list as it is.
+3. Plan the new shards from the index, copy the records byte for byte, write `selection.parquet`.
+
+Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset reads its parent's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kdprune_pipelines import _workspace as workspace
+from kdprune_pipelines._console import Outcome, count, megabytes, say, track
+from numpy.typing import NDArray
+
+from kdprune_data import order, selectors
+from kdprune_data.config import Config, option
+from kdprune_data.errors import MismatchError, SourceError, UsageError, some, unknown
+from kdprune_data.formats import dataset, subset
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.manifest import File, Manifest, sha256_file
+from kdprune_data.formats.scores import SCORES, Scores
+from kdprune_data.formats.shards import Limits
+from kdprune_data.images import extension
+from kdprune_data.selectors.base import BALANCES, ENDS
+from kdprune_data.share.cards import dataset_card
+from kdprune_data.sources import foreign
+
+RANKING_LIMIT = 10_000_000
+
+
+@dataclass(frozen=True)
+class SelectConfig(Config):
+    """Settings of `select`."""
+
+    data: Path | None = option(None, help="The data set (or subset) to choose from; default data/train.", argument=True)
+    frac: str | None = option(None, help="Fraction of the samples to KEEP, above 0 and at most 1.")
+    method: str | None = option(None, help=f"random (the default) or a recorded score: {', '.join(SCORES)}.")
+    scores: Path | None = option(None, help="Scores folder, or anybody's Parquet file of scores (with --column).")
+    column: str | None = option(None, help="Column of --scores FILE.parquet to rank by.")
+    hard: str | None = option(None, help="Which end of a foreign column is the hard one.", choices=("high", "low"))
+    keep: str = option("hard", help="Which samples a score keeps.", choices=ENDS)
+    keys: Path | None = option(None, help="Keep exactly these ids (.txt, .parquet or .npy) instead of ranking.")
+    balance: str = option("class", help="Keep class proportions, equal class shares, or neither.", choices=BALANCES)
+    seed: int = option(0, help="Seed of the random order and of ties.", least=0)
+    ids_only: bool = option(False, help="Write no tars: the subset reads its parent's.")
+    ranks: bool = option(False, help=f"Write ranking.parquet above {RANKING_LIMIT:,} samples too.")
+    name: str | None = option(None, help="Name in subsets/; default METHOD-FRACTION-sSEED.")
+    out: Path | None = option(None, help="Exact folder to write.")
+    shard_samples: int = option(dataset.SHARD_SAMPLES, help="Most samples in a shard.", least=1)
+    shard_bytes: int = option(dataset.SHARD_BYTES, help="Most bytes in a shard.", least=4096)
+    jobs: int = option(2, help="Threads that copy shards.", least=1, short="j")
+    overwrite: bool = option(False, help="Replace what stands in the folder.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to choose: what enters the manifest, and what ranks."""
+
+    method: str
+    settings: dict[str, Any]
+    scores: NDArray[np.float64] | None = None
+    hard_is_high: bool = True
+    inputs: tuple[dict[str, Any], ...] = ()
+    rows: NDArray[np.int64] | None = None
+
+
+def run(config: SelectConfig) -> Outcome:
+    """Select a subset. Raises UsageError, MismatchError, SourceError and ExistsError."""
+    _check_options(config)
+    parent = Dataset.open(workspace.data(config.data, "train", option="DATA"))
+    candidates = parent.usable()
+    choice = _choice(config, parent, candidates)
+    keep, frac = _how_many(config, choice, len(candidates))
+    folder, name = workspace.place(config.out, config.name, workspace.SUBSETS, f"{choice.method}-{order.shortest(frac)}-s{config.seed}")
+    settings = choice.settings | {
+        "method": choice.method,
+        "frac": order.shortest(frac),
+        "seed": config.seed,
+        "ids_only": config.ids_only,
+        "shard_samples": config.shard_samples,
+        "shard_bytes": config.shard_bytes,
+    }
+    identity = Identity("subset", name, settings, [parent.manifest.as_input("data"), *choice.inputs])
+    with Build.begin(folder, identity, overwrite=config.overwrite) as build:
+        made = build.done or _write(config, build, parent, candidates, choice, keep)
+        if build.done:
+            say("already done")
+    return _outcome(folder, made)
+
+
+def _check_options(config: SelectConfig) -> None:
+    if (config.frac is None) == (config.keys is None):
+        raise UsageError("say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE")
+    if config.keys and (config.method or config.scores or config.column):
+        raise UsageError("--keys is a list by itself: it goes without --method, --scores and --column")
+    if config.method and config.column:
+        raise UsageError("--method and --column were both given: --column names the column of --scores FILE to rank by; give one")
+    if config.column and not config.scores:
+        raise UsageError("--column names a column of a Parquet file: give the file with --scores FILE")
+
+
+def _choice(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64]) -> Choice:
+    if config.keys:
+        listed = foreign.read_ids(config.keys)
+        return Choice("keys", {"keys": sha256_file(config.keys)}, rows=_listed_rows(config.keys, listed, parent))
+    method = config.column or config.method or "random"
+    ranking: dict[str, Any] = {"balance": config.balance}
+    if method == "random" and not config.column:
+        if config.scores:
+            raise UsageError("--scores was given but --method is random, which uses none: name a score with --method or --column")
+        return Choice("random", ranking)
+    ranking["keep"] = config.keep
+    if config.scores is not None and not config.scores.is_dir():
+        return _foreign_choice(config, config.scores, parent, candidates, ranking)
+    return _recorded_choice(config, method, parent, candidates, ranking)
+
+
+def _recorded_choice(config: SelectConfig, method: str, parent: Dataset, candidates: NDArray[np.int64], ranking: dict[str, Any]) -> Choice:
+    if method not in SCORES:
+        raise unknown("method", method, ["random", *SCORES])
+    known = workspace.contents(parent.manifest.as_input("data"))
+    where = workspace.one(config.scores, workspace.SCORES, "--scores", lambda m: m.content in known)
+    scores = Scores.open(where)
+    if scores.manifest.content not in known:
+        raise MismatchError(f"{where} scores other data than {parent.folder}: run `kdprune-data score --data {parent.folder}` for these")
+    uids, values = scores.read(method)
+    joined = _join(parent, candidates, uids, values.astype(np.float64), str(where))
+    return Choice(method, ranking, joined, SCORES[method].hard == "high", (scores.manifest.as_input("scores"),))
+
+
+def _foreign_choice(config: SelectConfig, path: Path, parent: Dataset, candidates: NDArray[np.int64], ranking: dict[str, Any]) -> Choice:
+    if not path.is_file():
+        raise UsageError(f"--scores {path} does not exist: give a scores folder or a Parquet file")
+    if config.column is None:
+        raise UsageError(f"which column of {path} ranks? name it with --column")
+    listed = foreign.read_scores(path, config.column)
+    known = SCORES[config.column].hard if config.column in SCORES else None
+    hard = config.hard or (listed.metadata or {}).get("hard") or known
+    if hard is None:
+        raise UsageError(f"which end of column {config.column!r} is the hard one? say --hard high or --hard low")
+    values = listed.values if listed.values is not None else np.zeros(0)
+    joined = _join(parent, candidates, listed.uids, values, str(path))
+    settings = ranking | {"scores_file": sha256_file(path), "column": config.column, "hard": hard}
+    return Choice(config.column, settings, joined, hard == "high")
+
+
+def _join(
+    parent: Dataset, candidates: NDArray[np.int64], uids: NDArray[np.uint64], values: NDArray[np.float64], where: str
+) -> NDArray[np.float64]:
+    """The candidates' scores, by id. Raises MismatchError for one that is missing, SourceError for one that is no finite number."""
+    found = order.locate(uids, parent.uids[candidates])
+    missing = parent.ids[candidates[found < 0]]
+    if len(missing):
+        raise MismatchError(
+            f"{where} has no score for {count(len(missing), 'sample')} of {parent.folder} ({some(missing)}): score this data set"
+        )
+    joined = values[found]
+    bad = parent.ids[candidates[~np.isfinite(joined)]]
+    if len(bad):
+        raise SourceError(
+            f"{where} has no finite score for {count(len(bad), 'sample')} ({some(bad)}): every candidate needs a finite number"
+        )
+    return joined
+
+
+def _listed_rows(path: Path, listed: foreign.Named, parent: Dataset) -> NDArray[np.int64]:
+    """The rows of a list of ids, ascending. Raises SourceError for one that is repeated, unknown, or does not decode."""
+    if not len(listed.uids):
+        raise SourceError(f"{path} lists no ids: nothing to keep")
+    twice = order.first_repeat(listed.uids)
+    if twice:
+        raise SourceError(f"{path} lists {listed.names[twice[0]]!r} more than once: a subset holds each sample once")
+    rows = order.locate(parent.uids, listed.uids)
+    absent = [str(listed.names[n]) for n in np.flatnonzero(rows < 0)[:4]]
+    if absent:
+        n = int((rows < 0).sum())
+        raise SourceError(f"{path} lists {count(n, 'id')} that {parent.folder} does not have ({some(absent, 4)}): use ids of that data set")
+    bad = parent.ids[rows[~parent.ok[rows]]]
+    if len(bad):
+        raise SourceError(f"{path} lists {count(len(bad), 'sample')} that do not decode ({some(bad)}): leave them out")
+    return np.sort(rows)
+
+
+def _how_many(config: SelectConfig, choice: Choice, candidates: int) -> tuple[int, Decimal]:
+    if choice.rows is not None:
+        return len(choice.rows), round(Decimal(len(choice.rows)) / candidates, 6)
+    frac = order.fraction(config.frac or "")
+    keep = order.keep_count(frac, candidates)
+    if keep < 1:
+        raise UsageError(f"--frac {frac} of {count(candidates, 'sample')} keeps none: at least {1 / (2 * candidates):.2g} is needed")
+    return keep, frac
+
+
+def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDArray[np.int64], choice: Choice, keep: int) -> Manifest:
+    """Rank, plan, copy and seal."""
+    pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates], choice.scores)
+    params = selectors.Params(config.seed, config.balance, config.keep, choice.hard_is_high)
+    picked = None if choice.rows is not None else selectors.select("score" if choice.scores is not None else "random", pool, keep, params)
+    places = np.searchsorted(candidates, choice.rows) if choice.rows is not None else picked.indices if picked else candidates[:0]
+    rows = candidates[places]
+    say(f"keep {len(rows):,} of {count(len(candidates), 'sample')} by {choice.method}")
+    outside: list[File] = []
+    if config.ids_only:
+        outside = _parents_shards(parent, build.folder)
+        index, names = parent.index.take(rows).combine_chunks(), [p.name for p in parent.shard_paths]
+    else:
+        plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
+        names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))
+        index = subset.index_of(parent, plan)
+    scores = None if choice.scores is None else choice.scores.astype(np.float32)
+    subset.write_selection(build, index, None if scores is None else scores[places], None)
+    facts = dataset.write_index(build, index, parent.classes, names)
+    if picked is not None and picked.order is not None and (len(candidates) <= RANKING_LIMIT or config.ranks):
+        subset.write_ranking(build, parent.ids[candidates].tolist(), scores, picked.order)
+    build.write("README.md", _card(build, parent, facts).encode())
+    counts = facts.counts | {"candidates": len(candidates), "kept": len(rows)}
+    side = ["README.md", subset.RANKING]
+    return build.seal(counts=counts, classes=parent.classes, content=facts.content, side=side, outside=outside)
+
+
+def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
+    """The parent's shards as files outside the subset: by a relative path, so that a workspace can be moved."""
+    known = parent.manifest.outside or [f for f in parent.manifest.files if f.path.endswith(".tar")]
+    paths = [os.path.relpath(p.resolve(), folder.resolve()) for p in parent.shard_paths]
+    return [File(path, f.bytes, f.sha256) for path, f in zip(paths, known, strict=True)]
+
+
+def _card(build: Build, parent: Dataset, facts: dataset.Facts) -> str:
+    image = extension(parent.image_bytes(int(parent.usable()[0]))) or "jpg"
+    labelled = facts.counts["labelled"] == facts.counts["samples"]
+    split = parent.manifest.config.get("split", "train")
+    name = build.identity.name
+    return dataset_card(title=name, split=split, image=image, labelled=labelled, counts=facts.counts, classes=parent.classes)
+
+
+def _outcome(folder: Path, made: Manifest) -> Outcome:
+    counts = made.counts
+    size = megabytes(sum(f.bytes for f in made.files))
+    per_class = counts["per_class"]
+    text = (
+        f"{folder}: kept {counts['kept']:,} of {count(counts['candidates'], 'sample')}, {min(per_class, default=0):,} to "
+        f"{max(per_class, default=0):,} per class, {size}; content {made.content[:12]}"
+    )
+    return Outcome(folder, {"folder": str(folder), "content": made.content, "counts": counts}, text)

@@ -1,0 +1,163 @@
+"""`teacher`: train a network on all the data and record how it learned; or adopt one that exists.
+
+1. Open the training data, draw a new view of every sample each epoch, train.
+2. Before each update, note what the network says of each sample: a Parquet file an epoch in `dynamics/`.
+3. Keep the weights of an early epoch (el2n and grand are read from it) and of the end.
+
+Writes `teachers/MODEL-sSEED`. With `--weights FILE --epochs 0`, no training: the file's weights are checked and rewritten as safetensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdprune_pipelines import _training, _workspace
+from kdprune_pipelines._console import Outcome, say
+from kdprune_pipelines._models import WEIGHTS
+from kdprune_pipelines._training import TrainingConfig
+
+from kdprune_data.config import option
+from kdprune_data.errors import UsageError
+from kdprune_data.formats import dynamics
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.manifest import Manifest, sha256_file
+
+if TYPE_CHECKING:
+    from kdprune_data.learn.loop import Recipe
+    from kdprune_data.learn.models import Architecture
+    from kdprune_data.learn.stream import Images
+    from kdprune_data.learn.views import Normalisation, Policy
+
+
+@dataclass(frozen=True)
+class TeacherConfig(TrainingConfig):
+    """Settings of `teacher`."""
+
+    data: Path | None = option(None, help="The data set to train on; default data/train.")
+    model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
+    weights: Path | None = option(None, help="Adopt these weights (.safetensors, or .pth with weights only); with --epochs 0.")
+    mean: tuple[float, ...] = option((), help="Mean of the input channels, in [0, 1] (three times); default the data's.", least=0, most=1)
+    std: tuple[float, ...] = option((), help="Standard deviation of the input channels (three times); default the data's.", least=0)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that training a teacher starts from."""
+
+    data: Dataset
+    images: Images
+    architecture: Architecture
+    normalisation: Normalisation
+    policy: Policy
+    recipe: Recipe
+
+
+def run(config: TeacherConfig) -> Outcome:
+    """Train or adopt a teacher. Raises UsageError, MismatchError, SourceError and ExistsError."""
+    started = time.monotonic()
+    if (config.weights is None) != (config.epochs > 0 or config.steps is not None):
+        raise UsageError("--epochs 0 adopts a teacher: it goes with --weights FILE, and --weights with it")
+    if config.weights is not None and not config.weights.is_file():
+        raise UsageError(f"--weights {config.weights} does not exist: give a .safetensors or .pth file")
+    data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
+    val = _workspace.optional_data(config.val, "val")
+    setup = _setup(config, data)
+    plain = config.model.replace(":", "-").replace("/", "-")
+    folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain}-s{config.seed}")
+    settings = _training.setting(setup.recipe, setup.architecture, setup.normalisation, setup.policy.to_dict())
+    keep = _keep(config, setup)
+    settings |= {"role": "teacher", "keep_epochs": keep, "weights": sha256_file(config.weights) if config.weights else None}
+    with Build.begin(folder, Identity("model", name, settings, [data.manifest.as_input("data")]), overwrite=config.overwrite) as build:
+        if build.done is not None:
+            say("already done")
+            return _training.outcome(folder, build.done, started)
+        made = _adopt(config, config.weights, build, setup, val) if config.weights else _train(config, build, setup, val, keep)
+    return _training.outcome(folder, made, started)
+
+
+def _setup(config: TeacherConfig, data: Dataset) -> Setup:
+    from kdprune_data.learn import models, views
+    from kdprune_data.learn.stream import Images
+
+    rows = data.usable()
+    if (data.labels[rows] < 0).any():
+        raise UsageError(f"{data.folder} has {int((data.labels[rows] < 0).sum()):,} samples without a label: a teacher learns from labels")
+    images = Images(data)
+    policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=config.seed)
+    architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
+    return Setup(data, images, architecture, _normalisation(config, images), policy, config.recipe())
+
+
+def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
+    from kdprune_data.learn.stream import normalisation_of
+    from kdprune_data.learn.views import Normalisation
+
+    if not config.mean and not config.std:
+        return normalisation_of(images)
+    if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
+        raise UsageError("--mean and --std go together, each three times (red, green, blue), --std above 0")
+    (mr, mg, mb), (sr, sg, sb) = config.mean, config.std
+    return Normalisation((mr, mg, mb), (sr, sg, sb))
+
+
+def _keep(config: TeacherConfig, setup: Setup) -> list[int]:
+    from kdprune_data.learn.loop import Plan
+    from kdprune_data.learn.stream import DrawnViews, Feed
+
+    if config.weights:
+        return []
+    feed = Feed(setup.images, DrawnViews(setup.data, setup.policy), config.batch, config.seed)
+    return _training.kept_epochs(config.keep_epochs, Plan.of(setup.recipe, feed.steps_per_epoch()).epochs)
+
+
+def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, keep: list[int]) -> Manifest:
+    import torch.nn.functional as F
+
+    from kdprune_data.learn import models
+    from kdprune_data.learn.dynamics import Recorder
+    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.loop import Hooks, Training
+    from kdprune_data.learn.stream import DrawnViews, Feed
+
+    data, policy = setup.data, setup.policy
+    device = choose_device(config.device)
+    feed = Feed(setup.images, DrawnViews(data, policy), config.batch, config.seed, config.jobs)
+    net = models.build(setup.architecture, seed=config.seed, code=config.model)
+    training = Training(net, feed, setup.recipe, normalisation=setup.normalisation, device=device)
+    _training.announce(config.model, training)
+    recorder = Recorder(len(data))
+    rows = data.usable()
+
+    def after_epoch(epoch: int, row: Mapping[str, Any]) -> None:
+        if row["samples"] == len(rows):  # an epoch cut short by --steps is not recorded: each sample exactly once, or not at all
+            dynamics.write(build, epoch, recorder.take(rows) | {"uid": data.uids[rows]})
+
+    validate = _training.validator(_training.open_val(val, data), setup.normalisation, policy.size, device)(net)
+    hooks = Hooks(observe=recorder.observe, after_epoch=after_epoch, validate=validate)
+    job = _training.Job(build, training, keep, lambda logits, batch: F.cross_entropy(logits, batch.labels), hooks)
+    counts = _training.train(job)
+    return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
+
+
+def _adopt(config: TeacherConfig, file: Path, build: Build, setup: Setup, val: Path | None) -> Manifest:
+    from kdprune_data.learn import models
+    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.loop import weights
+    from kdprune_data.learn.weights import load_weights
+
+    net = models.build(setup.architecture, seed=config.seed, code=config.model)
+    load_weights(net, file)
+    device = choose_device(config.device)
+    validate = _training.validator(_training.open_val(val, setup.data), setup.normalisation, setup.policy.size, device)(net)
+    loss, accuracy = validate() if validate else (None, None)
+    row = {"epoch": 0, "steps": 0, "samples": 0, "lr": None, "train_loss": None, "train_accuracy": None}
+    _training.save(build, WEIGHTS, weights(net))
+    _training.write_metrics(build, [row | {"val_loss": loss, "val_accuracy": accuracy}])
+    parameters = sum(p.numel() for p in net.parameters())
+    counts = {"samples": len(setup.data.usable()), "steps": 0, "epochs": 0, "parameters": parameters}
+    return build.seal(counts=counts, classes=setup.data.classes, content=setup.data.manifest.content)
