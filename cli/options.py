@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from kdprune_pipelines._console import Outcome
 
 from kdprune_data.config import Config, field_types
 from kdprune_data.errors import UsageError, unknown
-from kdprune_pipelines._console import Outcome
 
 SETTINGS = Path("kdprune.toml")
 CODE = ("model", "code")

@@ -1,0 +1,94 @@
+"""`info`: what an artefact is, and where it came from: kind, counts, settings, files, and its ancestors back to the source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kdprune_pipelines._console import Outcome, count, megabytes
+
+from kdprune_data.config import Config, option
+from kdprune_data.formats.manifest import Manifest
+
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class InfoConfig(Config):
+    """Settings of `info`."""
+
+    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores or logit cache.", argument=True)
+
+
+def run(config: InfoConfig) -> Outcome:
+    """Describe an artefact. Raises UsageError when the folder is none, FormatError when its manifest is broken."""
+    manifest = Manifest.load(config.artefact)
+    facts = {
+        "folder": str(config.artefact),
+        "kind": manifest.kind,
+        "name": manifest.name,
+        "digest": manifest.digest,
+        "content": manifest.content,
+        "counts": manifest.counts,
+        "classes": list(manifest.classes),
+        "config": manifest.config,
+        "bytes": sum(f.bytes for f in (*manifest.files, *manifest.side)),
+        "files": [asdict(f) for f in manifest.files],
+        "side": [asdict(f) for f in manifest.side],
+        "outside": [asdict(f) for f in manifest.outside],
+        "inputs": list(manifest.inputs),
+        "made": manifest.made,
+    }
+    return Outcome(config.artefact, facts, "\n".join(_describe(config.artefact, manifest)))
+
+
+def _describe(folder: Path, manifest: Manifest) -> Iterator[str]:
+    files = [*manifest.files, *manifest.side]
+    yield f"{folder}: {manifest.kind} {manifest.name!r}"
+    yield f"  files     {count(len(files), 'file')}, {megabytes(sum(f.bytes for f in files))}"
+    if manifest.outside:
+        size = megabytes(sum(f.bytes for f in manifest.outside))
+        yield f"  outside   {count(len(manifest.outside), 'shard')}, {size}, read where they lie ({Path(manifest.outside[0].path).parent})"
+    shown = [f"{key} {_plain(value)}" for key, value in manifest.counts.items() if key != "per_class"]
+    yield f"  counts    {', '.join(shown)}"
+    names = list(manifest.classes)
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    yield f"  classes   {len(names):,}: {', '.join(names[:SHOWN])}{more}"
+    if "per_class" in manifest.counts and names:
+        per_class = manifest.counts["per_class"]
+        yield f"  per class {min(per_class):,} to {max(per_class):,} samples"
+    for n, line in enumerate(_settings(manifest.config)):
+        yield f"  {'settings' if n == 0 else '':<9} {line}"
+    yield f"  digest    {manifest.digest}"
+    yield f"  content   {manifest.content}"
+    made = manifest.made
+    yield f"  made      {made.get('time')} in {made.get('seconds')} s, kdprune-data {made.get('versions', {}).get('kdprune-data')}"
+    if manifest.inputs:
+        yield "  made from"
+        yield from _lineage(manifest.inputs, "    ")
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} = {_plain(value)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _lineage(inputs: Any, indent: str) -> Iterator[str]:
+    for one in inputs:
+        counts = one["counts"]
+        samples = f", {count(counts['samples'], 'sample')}" if "samples" in counts else ""
+        yield f"{indent}{one['role']}: {one['kind']} {one['name']!r}{samples}, digest {one['digest'][:12]}, content {one['content'][:12]}"
+        yield from _lineage(one["inputs"], indent + "  ")
