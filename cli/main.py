@@ -66,7 +66,8 @@ The whole job, in an empty folder:
     cls=Lazy,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Train on a fraction of your images without losing accuracy: score, select, cache soft labels, distil. FRACTION is always what is KEPT.",
+    help="Train on a fraction of your images without losing accuracy: score, select, cache soft labels, distil. "
+    "FRACTION is always what is KEPT.",
 )
 @click.version_option(__version__, prog_name="kdprune-data")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")

@@ -1,7 +1,31 @@
-"""The parts of kdprune-data, importable one by one; nothing heavy is loaded until it is used."""
+"""The parts of kdprune-data, importable one by one; nothing heavy is loaded until it is used.
+
+`SoftLabelDataset` yields whole training batches with soft labels, for people with their own trainer; `Dataset` reads the samples of a data
+set or subset; `LogitCache` reads a teacher's cached logits.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kdprune_data._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from kdprune_data.formats.dataset import Dataset
+    from kdprune_data.formats.logits import LogitCache
+    from kdprune_data.learn.stream import SoftLabelDataset
+
+__all__ = ["Dataset", "LogitCache", "SoftLabelDataset", "__version__"]
+
+_HOMES = {
+    "Dataset": "kdprune_data.formats.dataset",
+    "LogitCache": "kdprune_data.formats.logits",
+    "SoftLabelDataset": "kdprune_data.learn.stream",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -90,7 +90,7 @@ def _check(field: Field[Any], value: Any) -> None:
             continue
         if limits.get("choices") and item not in limits["choices"]:
             raise unknown(field.name.replace("_", "-"), str(item), limits["choices"])
-        if limits.get("least") is not None and item < limits["least"]:
-            raise UsageError(f"--{field.name.replace('_', '-')} {item} is too small: at least {limits['least']:g}")
+        if limits.get("least") is not None and not item >= limits["least"]:  # `not`: NaN is neither
+            raise UsageError(f"--{field.name.replace('_', '-')} {item} is too small: at least {limits['least']:,}")
         if limits.get("most") is not None and item > limits["most"]:
-            raise UsageError(f"--{field.name.replace('_', '-')} {item} is too large: at most {limits['most']:g}")
+            raise UsageError(f"--{field.name.replace('_', '-')} {item} is too large: at most {limits['most']:,}")

@@ -60,7 +60,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
 
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says, at most 200 characters."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip()
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from decimal import ROUND_FLOOR, Decimal, InvalidOperation, localcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,8 @@ def keep_count(frac: Decimal, n: int) -> int:
     >>> keep_count(Decimal("0.5"), 5), keep_count(Decimal("0.1"), 45)
     (3, 5)
     """
-    return int((frac * n + Decimal("0.5")).to_integral_value(rounding=ROUND_FLOOR))
+    with localcontext(prec=len(frac.as_tuple().digits) + len(str(n)) + 2):  # the default of 28 digits would round long fractions
+        return int((frac * n + Decimal("0.5")).to_integral_value(rounding=ROUND_FLOOR))
 
 
 def locate(have: U64, wanted: U64) -> I64:

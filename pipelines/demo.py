@@ -58,7 +58,12 @@ class Lesson:
 def run(config: DemoConfig) -> Outcome:
     """Run the demo, or continue it. Raises what the stages raise."""
     started = time.monotonic()
-    taught = _prepare(config)
+    say("1/3 digits: importing, training a teacher on all of them, scoring")
+    with quiet():
+        taught = _teach(config)
+    say(f"2/3 caching the teacher's logits for {VIEWS} views, selecting subsets")
+    with quiet():
+        _prune(config)
     lessons = [Lesson(config.out, frac, seed, arm, config.overwrite) for frac, seed, arm in product(FRACTIONS, range(config.seeds), ARMS)]
     say(f"3/3 {len(lessons)} students ({STUDENT}, {STEPS} steps each) at {len(FRACTIONS)} kept fractions, {config.seeds} seeds")
     context = multiprocessing.get_context("spawn")
@@ -77,24 +82,28 @@ def run(config: DemoConfig) -> Outcome:
     return Outcome(config.out, facts, _text(config, taught, table, time.monotonic() - started))
 
 
-def _prepare(config: DemoConfig) -> float:
-    """Data, teacher, scores, cache and subsets; returns the teacher's accuracy on test."""
+def _teach(config: DemoConfig) -> float:
+    """Data, teacher and scores; returns the teacher's accuracy on test."""
+    out, again = config.out, config.overwrite
+    train, val, where = out / "data/train", out / "data/val", _teacher(out)
+    import_.run(import_.ImportConfig(source="digits", holdout="0.1", out=train, overwrite=again))
+    import_.run(import_.ImportConfig(source="digits", split="test", out=out / "data/test", overwrite=again))
+    teacher.run(teacher.TeacherConfig(data=train, val=val, epochs=TEACHER_EPOCHS, batch=BATCH, out=where, overwrite=again))
+    score.run(score.ScoreConfig(data=train, teacher=where, out=out / "scores/resnet20-s0", overwrite=again))
+    return float(evaluate.run(evaluate.EvaluateConfig(model=where, data=out / "data/test")).facts["accuracy"])
+
+
+def _prune(config: DemoConfig) -> None:
+    """Soft labels of everything, and a subset for each fraction and seed: one cache serves them all."""
     out, again = config.out, config.overwrite
     train = out / "data/train"
-    say("1/3 digits: importing, training a teacher on all of them, scoring")
-    with quiet():
-        import_.run(import_.ImportConfig(source="digits", holdout="0.1", out=train, overwrite=again))
-        import_.run(import_.ImportConfig(source="digits", split="test", out=out / "data/test", overwrite=again))
-        where = out / "teachers/resnet20-s0"
-        val = out / "data/val"
-        teacher.run(teacher.TeacherConfig(data=train, val=val, epochs=TEACHER_EPOCHS, batch=BATCH, out=where, overwrite=again))
-        score.run(score.ScoreConfig(data=train, teacher=where, out=out / "scores/resnet20-s0", overwrite=again))
-        taught = evaluate.run(evaluate.EvaluateConfig(model=where, data=out / "data/test"))
-        say(f"2/3 caching the teacher's logits for {VIEWS} views, selecting subsets")
-        cache.run(cache.CacheConfig(subset=train, teacher=where, views=VIEWS, out=_cache(out), overwrite=again))
-        for frac, seed in product(FRACTIONS, range(config.seeds)):
-            select.run(select.SelectConfig(data=train, frac=frac, seed=seed, out=_subset(out, frac, seed), overwrite=again))
-    return float(taught.facts["accuracy"])
+    cache.run(cache.CacheConfig(subset=train, teacher=_teacher(out), views=VIEWS, out=_cache(out), overwrite=again))
+    for frac, seed in product(FRACTIONS, range(config.seeds)):
+        select.run(select.SelectConfig(data=train, frac=frac, seed=seed, out=_subset(out, frac, seed), overwrite=again))
+
+
+def _teacher(out: Path) -> Path:
+    return out / "teachers/resnet20-s0"
 
 
 def _cache(out: Path) -> Path:

@@ -129,6 +129,9 @@ def _from_dynamics(saved: Saved, data: Dataset) -> dict[str, NDArray[np.float32]
     if not epochs:
         say("the teacher has no training dynamics: forgetting, aum and correct are left out")
         return {}
+    if saved.manifest.content not in _workspace.contents(data.manifest.as_input("data")):
+        say("the teacher was trained on other data: forgetting, aum and correct are left out")
+        return {}
     columns = [dynamics.read(saved.folder, epoch, ["uid", "correct", "logit_margin"]) for epoch in epochs]
     found = order.locate(columns[0]["uid"], data.uids[data.usable()])
     if (found < 0).any():

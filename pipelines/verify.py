@@ -51,7 +51,8 @@ def run(config: VerifyConfig) -> Outcome:
     if not faults and manifest is not None:
         files = [*manifest.files, *manifest.side, *manifest.outside]
         size = megabytes(sum(f.bytes for f in files))
-        text = f"{config.artefact}: whole: {manifest.kind} {manifest.name!r}, {count(len(files), 'file')}, {size}, digest {manifest.digest[:12]}"
+        what = f"{manifest.kind} {manifest.name!r}, {count(len(files), 'file')}, {size}"
+        text = f"{config.artefact}: whole: {what}, digest {manifest.digest[:12]}"
         return Outcome(config.artefact, facts, text)
     more = [f"and {len(faults) - SHOWN:,} more (all with --json)"] if len(faults) > SHOWN else []
     text = "\n".join([f"{config.artefact}: {count(len(faults), 'fault')}", *(f"  {f}" for f in faults[:SHOWN]), *more])

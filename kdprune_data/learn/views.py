@@ -22,6 +22,7 @@ from kdprune_data.errors import FormatError
 from kdprune_data.images import DECODER
 
 VERSION = 1
+KINDS = ("pad-crop", "resized-crop")
 KERNEL = "bilinear, antialiased, float32"
 SMALL = 64
 LARGE_SIZE = 224
@@ -59,7 +60,7 @@ class Policy:
             policy = cls(**plain)
         except TypeError:
             policy = None
-        if policy is None or policy.to_dict() != dict(stored):
+        if policy is None or policy.kind not in KINDS or policy.to_dict() != dict(stored):
             raise FormatError(f"view policy {dict(stored)} is not one that this version renders: use the version that made it")
         return policy
 
@@ -179,7 +180,13 @@ def _render_one(image: Pixels, boxes: Geometry, n: int, size: int, device: torch
     h, w = image.shape[:2]
     inside = image[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
     cut = torch.from_numpy(np.ascontiguousarray(inside)).to(device).permute(2, 0, 1)
-    margins = (max(-left, 0), max(left + width - w, 0), max(-top, 0), max(top + height - h, 0))
+    # A box may lie wholly outside; then one margin is all of it.
+    margins = (
+        min(max(-left, 0), width),
+        min(max(left + width - w, 0), width),
+        min(max(-top, 0), height),
+        min(max(top + height - h, 0), height),
+    )
     if any(margins):
         cut = F.pad(cut, margins)
     if boxes.flip[n]:
