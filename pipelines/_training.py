@@ -27,9 +27,9 @@ from kdprune_data.formats.manifest import Manifest
 if TYPE_CHECKING:
     import torch
 
+    from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.loop import Hooks, LossOf, Recipe, Training
     from kdprune_data.learn.models import Architecture
-    from kdprune_data.learn.stream import Images
     from kdprune_data.learn.views import Normalisation
 
 LAST = "last.ckpt"
@@ -152,27 +152,12 @@ def _line(row: Mapping[str, Any], epochs: int) -> str:
     return f"epoch {row['epoch']}/{epochs}: train {row['train_accuracy']:.2%} (loss {row['train_loss']:.3f}){val}"
 
 
-def validator(
-    images: Images | None, normalisation: Normalisation, size: int, device: torch.device
-) -> Callable[[Any], Callable[[], tuple[float, float]] | None]:
-    """From a network to a function that gives its (loss, accuracy) on the validation images; None where there are none."""
+def validator(folder: Path | None, predictor: Predictor, train: Dataset) -> Callable[[], tuple[float, float]] | None:
+    """A function that gives (loss, accuracy) on the validation data; None where there is none.
+
+    Raises MismatchError when it has other classes than the training data.
+    """
     from kdprune_data.learn.inference import evaluate
-
-    def of(net: Any) -> Callable[[], tuple[float, float]] | None:
-        if images is None:
-            return None
-
-        def measure() -> tuple[float, float]:
-            found = evaluate(net, images, normalisation=normalisation, size=size, device=device)
-            return found.loss, found.accuracy
-
-        return measure
-
-    return of
-
-
-def open_val(folder: Path | None, train: Dataset) -> Images | None:
-    """The validation images, checked to have the training data's classes."""
     from kdprune_data.learn.stream import Images
 
     if folder is None:
@@ -180,7 +165,13 @@ def open_val(folder: Path | None, train: Dataset) -> Images | None:
         return None
     data = Dataset.open(folder)
     data.same_classes(train.classes, str(train.folder))
-    return Images(data)
+    images = Images(data)
+
+    def measure() -> tuple[float, float]:
+        found = evaluate(predictor, images)
+        return found.loss, found.accuracy
+
+    return measure
 
 
 def outcome(folder: Path, made: Manifest, started: float) -> Outcome:

@@ -6,7 +6,7 @@ listed and the option is asked for: nothing is ever guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,20 @@ def place(out: Path | None, name: str | None, usual: Path, derived: str) -> tupl
         return out, out.name
     chosen = name or derived
     return usual / chosen, chosen
+
+
+def check_classes(split: str, folder: Path, classes: Sequence[str]) -> None:
+    """Refuse a val or test split whose classes are not those of the train split beside it. Raises UsageError."""
+    train = folder.parent / "train"
+    if split == "train" or not (train / NAME).is_file():
+        return
+    wanted = list(Manifest.load(train, kinds=("dataset",)).classes)
+    if list(classes) != wanted:
+        differs = sorted(set(wanted) ^ set(classes))[:3] or ["their order"]
+        raise UsageError(
+            f"the classes of this {split} split are not those of {train}: {len(classes)} against {len(wanted)}, differing in "
+            f"{', '.join(differs)}; use a source with the same classes (adopted shards: name them with --classes FILE)"
+        )
 
 
 def contents(described: Mapping[str, Any]) -> set[str]:

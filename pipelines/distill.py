@@ -171,7 +171,7 @@ def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> Non
 
 
 def _train(config: DistillConfig, build: Build, lesson: Lesson, images: Images, net: Any, val: Path | None) -> Manifest:
-    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.inference import Predictor, choose_device
     from kdprune_data.learn.loop import Hooks, Training
     from kdprune_data.learn.losses import distillation
     from kdprune_data.learn.stream import Feed
@@ -185,7 +185,7 @@ def _train(config: DistillConfig, build: Build, lesson: Lesson, images: Images, 
         net, Feed(images, lesson.views, config.batch, config.seed, config.jobs), config.recipe(), normalisation=normalisation, device=device
     )
     _training.announce(config.model, training)
-    validate = _training.validator(_training.open_val(val, data), normalisation, lesson.views.policy.size, device)(net)
+    validate = _training.validator(val, Predictor(net, normalisation, lesson.views.policy.size, device), data)
     hooks = Hooks(validate=validate, validate_every=max(1, training.plan.epochs // 30))
     keep = _training.kept_epochs(config.keep_epochs, training.plan.epochs) if config.keep_epochs else []
     alpha, tau = lesson.alpha, config.temperature

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdprune_pipelines import _workspace
-from kdprune_pipelines._console import Outcome, count
+from kdprune_pipelines._console import Outcome, bar, count
 from kdprune_pipelines._models import open_model
 
 from kdprune_data.config import Config, option
@@ -28,20 +28,15 @@ class EvaluateConfig(Config):
 
 def run(config: EvaluateConfig) -> Outcome:
     """Evaluate a model. Raises UsageError and MismatchError."""
-    from kdprune_data.learn.inference import choose_device, evaluate
+    from kdprune_data.learn.inference import Predictor, choose_device, evaluate
     from kdprune_data.learn.stream import Images
 
     saved = open_model(config.model)
     data = Dataset.open(_workspace.data(config.data, "test", option="--data"))
     data.same_classes(saved.manifest.classes, str(saved.folder))
-    found = evaluate(
-        saved.load(code=config.code),
-        Images(data),
-        normalisation=saved.normalisation,
-        size=saved.architecture.size,
-        device=choose_device(config.device),
-        batch=config.batch,
-    )
+    predictor = Predictor(saved.load(code=config.code), saved.normalisation, saved.architecture.size, choose_device(config.device))
+    with bar("evaluate", total=len(data)) as progress:
+        found = evaluate(predictor, Images(data), batch=config.batch, tick=progress.update)
     names = list(data.classes)
     per_class = dict(zip(names, found.per_class, strict=True))
     facts = {

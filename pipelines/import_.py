@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from kdprune_pipelines._console import Outcome, count, megabytes, say, track
-from kdprune_pipelines._workspace import DATA
+from kdprune_pipelines._workspace import DATA, check_classes
 from numpy.typing import NDArray
 
 from kdprune_data import order
@@ -29,7 +29,7 @@ from kdprune_data.config import Config, option
 from kdprune_data.errors import UsageError
 from kdprune_data.formats import dataset
 from kdprune_data.formats.build import Build, Identity
-from kdprune_data.formats.manifest import NAME, Manifest
+from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.shards import Limits, Sample, ShardWriter
 from kdprune_data.share.cards import dataset_card
 from kdprune_data.sources import Item, Source, SourceOptions, open_source
@@ -62,7 +62,7 @@ def run(config: ImportConfig) -> Outcome:
     folders = {config.split: config.out or DATA / config.split}
     if rate:
         folders["val"] = folders["train"].parent / "val"
-    _check_classes(config, folders[config.split], source)
+    check_classes(config.split, folders[config.split], source.classes)
     with ExitStack() as stack:
         builds = {split: stack.enter_context(_begin(config, split, folder, source, rate)) for split, folder in folders.items()}
         if any(build.done is None for build in builds.values()):
@@ -83,18 +83,6 @@ def _rate(config: ImportConfig) -> Decimal | None:
     if rate == 1:
         raise UsageError("--holdout 1 would leave nothing to train on: give a fraction below 1")
     return rate
-
-
-def _check_classes(config: ImportConfig, folder: Path, source: Source) -> None:
-    train = folder.parent / "train"
-    if config.split != "train" and (train / NAME).is_file():
-        wanted = list(Manifest.load(train, kinds=("dataset",)).classes)
-        if list(source.classes) != wanted:
-            differs = sorted(set(wanted) ^ set(source.classes))[:3] or ["their order"]
-            raise UsageError(
-                f"the classes of {config.source} are not those of {train}: {len(source.classes)} against {len(wanted)}, "
-                f"differing in {', '.join(differs)}; import a source with the same classes"
-            )
 
 
 def _begin(config: ImportConfig, split: str, folder: Path, source: Source, rate: Decimal | None) -> Build:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from kdprune_pipelines._console import Outcome, count, say, track
-from kdprune_pipelines._workspace import DATA
+from kdprune_pipelines._workspace import DATA, check_classes
 
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError, some
@@ -65,6 +65,7 @@ def run(config: IndexConfig) -> Outcome:
         say(f"indexing {count(len(config.shards), 'shard')} in place")
         index = _read(config)
         classes = _classes(names, dataset.labels_of(index["label"]).max(initial=-1))
+        check_classes(config.split, folder, classes)
         with ThreadPoolExecutor(config.jobs) as pool:
             digests = list(track(pool.map(manifest.sha256_file, config.shards), "hash", total=len(config.shards), unit="shard"))
         facts = dataset.write_index(build, index, classes, _shard_names(config.shards))

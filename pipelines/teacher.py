@@ -120,7 +120,7 @@ def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, 
 
     from kdprune_data.learn import models
     from kdprune_data.learn.dynamics import Recorder
-    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.inference import Predictor, choose_device
     from kdprune_data.learn.loop import Hooks, Training
     from kdprune_data.learn.stream import DrawnViews, Feed
 
@@ -137,7 +137,7 @@ def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, 
         if row["samples"] == len(rows):  # an epoch cut short by --steps is not recorded: each sample exactly once, or not at all
             dynamics.write(build, epoch, recorder.take(rows) | {"uid": data.uids[rows]})
 
-    validate = _training.validator(_training.open_val(val, data), setup.normalisation, policy.size, device)(net)
+    validate = _training.validator(val, Predictor(net, setup.normalisation, policy.size, device), data)
     hooks = Hooks(observe=recorder.observe, after_epoch=after_epoch, validate=validate)
     job = _training.Job(build, training, keep, lambda logits, batch: F.cross_entropy(logits, batch.labels), hooks)
     counts = _training.train(job)
@@ -146,14 +146,14 @@ def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, 
 
 def _adopt(config: TeacherConfig, file: Path, build: Build, setup: Setup, val: Path | None) -> Manifest:
     from kdprune_data.learn import models
-    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.inference import Predictor, choose_device
     from kdprune_data.learn.loop import weights
     from kdprune_data.learn.weights import load_weights
 
     net = models.build(setup.architecture, seed=config.seed, code=config.model)
     load_weights(net, file)
     device = choose_device(config.device)
-    validate = _training.validator(_training.open_val(val, setup.data), setup.normalisation, setup.policy.size, device)(net)
+    validate = _training.validator(val, Predictor(net, setup.normalisation, setup.policy.size, device), setup.data)
     loss, accuracy = validate() if validate else (None, None)
     row = {"epoch": 0, "steps": 0, "samples": 0, "lr": None, "train_loss": None, "train_accuracy": None}
     _training.save(build, WEIGHTS, weights(net))

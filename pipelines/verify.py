@@ -44,7 +44,8 @@ def run(config: VerifyConfig) -> Outcome:
         manifest = Manifest.load(config.artefact)
         with bar("verify", total=None, unit="B") as progress:
             faults += check.files(config.artefact, manifest, progress.update)
-            faults += _inside(config.artefact, manifest, lambda _: None)
+        with bar("look inside", total=None) as progress:
+            faults += _inside(config.artefact, manifest, progress.update)
     except (FormatError, SourceError) as error:
         faults.append(Fault(str(config.artefact), str(error)))
     facts = {"folder": str(config.artefact), "ok": not faults, "faults": [str(f) for f in faults]}
@@ -78,10 +79,12 @@ def _inside(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
 
 
 def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
+    if (folder / m.PARTIAL).is_dir():
+        return  # a finished cache to which views are being added
     listed = {f.path for f in (*manifest.files, *manifest.side)} | {m.NAME}
     for path in folder.rglob("*"):
         relative = path.relative_to(folder).as_posix()
-        if path.is_file() and relative not in listed and not relative.startswith(m.PARTIAL):
+        if path.is_file() and relative not in listed:
             yield relative
 
 

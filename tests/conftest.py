@@ -6,10 +6,15 @@ Every data set here is real: scikit-learn's digits, which are always at hand, an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +89,84 @@ def digests() -> Callable[[Path], dict[str, str]]:
         return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
     return of
+
+
+# --- the command line, and a workspace in which every command has run
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command line ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def kdprune() -> Callable[..., Ran]:
+    """Run a command line in a folder, in this process: `kdprune("info", "data/train", cwd=workspace)`."""
+    from kdprune_cli.main import call
+
+    def run(*arguments: object, cwd: Path) -> Ran:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = call([str(a) for a in arguments])
+        return Ran(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def started() -> Callable[..., subprocess.Popen[str]]:
+    """Start a command line in a folder as a process of its own. `first`: Python to run before it."""
+
+    def start(*arguments: object, cwd: Path, first: str = "") -> subprocess.Popen[str]:
+        code = f"{first}\nfrom kdprune_cli.main import main\nmain({[str(a) for a in arguments]!r})"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=environment, text=True, **pipes)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` and `test/`: class folders of 12 and 5 real digits a class."""
+    from sklearn.datasets import load_digits
+
+    from kdprune_data.images import encode_png
+
+    root = tmp_path_factory.mktemp("few")
+    data = load_digits()
+    pixels = np.floor(data.images * (255 / 16) + 0.5).astype(np.uint8)
+    for label in range(10):
+        for n, row in enumerate(np.flatnonzero(data.target == label)[:17].tolist()):
+            path = root / ("train" if n < 12 else "test") / str(label) / f"{row:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_png(pixels[row]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory, few_digits: Path, kdprune: Callable[..., Ran]) -> Path:
+    """A workspace after the six commands, to read only (`chain_copy` is to write in): 108 digits to train on, in 3 shards."""
+    workspace = tmp_path_factory.mktemp("chain")
+    for line in (
+        ["import", few_digits / "train", "--holdout", "0.1", "--shard-samples", "40"],
+        ["import", few_digits / "test", "--split", "test"],
+        ["teacher", "--model", "resnet8", "--epochs", "3", "--batch", "16"],
+        ["score", "--embedding", "--logits"],
+        ["select", "--frac", "0.5", "--shard-samples", "30"],
+        ["cache", "--views", "3"],
+        ["distill", "--model", "resnet8", "--epochs", "4", "--batch", "16"],
+    ):
+        ran = kdprune(*line, cwd=workspace)
+        assert ran.code == 0, ran.err
+    return workspace
+
+
+@pytest.fixture
+def chain_copy(chain: Path, tmp_path: Path) -> Path:
+    """A copy of `chain` to write in."""
+    return shutil.copytree(chain, tmp_path / "workspace")

@@ -95,13 +95,14 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
         if long_size is not None and kind in (b"0", b"\0"):
             size, long_size = long_size, None
         data = at + BLOCK
-        if data + size > size_end:
-            raise SourceError(
-                f"{name} is truncated: a member at byte {at:,} ends at {data + size:,}, the file at {size_end:,}; fetch it again"
-            )
+        if data + padded(size) > size_end:
+            raise _truncated(name, at, data + padded(size), size_end)
         start = at if start < 0 else start
         if kind == b"x":
-            long_name, long_size = _pax(bytes(buffer[data : data + size]), long_name)
+            try:
+                long_name, long_size = _pax(bytes(buffer[data : data + size]), long_name)
+            except ValueError:
+                raise SourceError(f"{name} is damaged: the PAX header at byte {at:,} does not parse; fetch it again") from None
         elif kind == b"L":
             long_name = _text(bytes(buffer[data : data + size]))
         elif kind in (b"g", b"K", b"5"):
@@ -116,17 +117,32 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
                 f"{name}: member {_header_name(head)!r} is {what}: only regular files are read; pack the set again without it"
             )
         at = data + padded(size)
+    else:
+        if any(buffer[at:size_end]):
+            raise _truncated(name, at, at + BLOCK, size_end)
     _check_sums(buffer, headers, name)
     return found
+
+
+def _truncated(name: str, at: int, end: int, size: int) -> SourceError:
+    return SourceError(f"{name} is truncated: a member at byte {at:,} ends at {end:,}, the file at {size:,}; fetch it again")
 
 
 def _number(field: bytes, name: str, at: int) -> int:
     if field[0] == 0x80:  # GNU: base 256, for sizes that 11 octal digits cannot hold
         return int.from_bytes(field[1:], "big")
     try:
-        return int(field.rstrip(b"\0 ") or b"0", 8)
+        return _octal(field)
     except ValueError:
         raise SourceError(f"{name} is not a tar, or damaged: no size in the header at byte {at:,}; fetch it again") from None
+
+
+def _octal(field: bytes) -> int:
+    """A number in octal digits. Raises ValueError for signs and underscores too, which `int` would take."""
+    digits = field.strip(b"\0 ")
+    if digits and not digits.isdigit():
+        raise ValueError(field)
+    return int(digits or b"0", 8)
 
 
 def _text(raw: bytes) -> str:
@@ -140,27 +156,35 @@ def _header_name(head: bytes) -> str:
 
 
 def _pax(body: bytes, name: str | None) -> tuple[str | None, int | None]:
-    """The path and size that a PAX header overrides."""
+    """The path and size that a PAX header overrides: records `LENGTH KEY=VALUE LF`. Raises ValueError when it is not made of those."""
     size = None
     at = 0
     while at < len(body):
-        space = body.find(b" ", at)
-        length = int(body[at:space]) if space > at and body[at:space].isdigit() else 0
-        if length <= 0:
-            break
-        key, _, value = body[space + 1 : at + length - 1].partition(b"=")
+        space = body.index(b" ", at)
+        end = at + _decimal(body[at:space])
+        if not space < end <= len(body):
+            raise ValueError(body)
+        key, _, value = body[space + 1 : end - 1].partition(b"=")
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
-            size = int(value)
-        at += length
+            size = _decimal(value)
+        at = end
     return name, size
+
+
+def _decimal(digits: bytes) -> int:
+    if not digits.isdigit():
+        raise ValueError(digits)
+    return int(digits)
 
 
 def _safe(member_name: str, tar: str) -> str:
     plain = member_name.removeprefix("./")
     if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
         raise SourceError(f"{tar}: member {member_name!r} points outside the tar: pack the set again with plain relative names")
+    if not plain.isascii() and any("\udc80" <= c <= "\udcff" for c in plain):  # bytes that `surrogateescape` carried along
+        raise SourceError(f"{tar}: the name of member {member_name!r} is not UTF-8: pack the set again with names that are")
     return plain
 
 
@@ -172,8 +196,15 @@ def _check_sums(buffer: Buffer, headers: Sequence[int], name: str) -> None:
         heads = flat[starts[:, None] + np.arange(BLOCK)]
         sums = heads.sum(1, dtype=np.int64) - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
         for at, head, total in zip(starts, heads[:, 148:156], sums, strict=True):
-            if int(head.tobytes().rstrip(b"\0 ").strip() or b"0", 8) != total:
+            if not _states(head.tobytes(), total):
                 raise SourceError(f"{name} is damaged: the header at byte {at:,} fails its checksum; fetch it again")
+
+
+def _states(field: bytes, total: int) -> bool:
+    try:
+        return _octal(field) == total
+    except ValueError:
+        return False
 
 
 def records(buffer: Buffer, name: str) -> Iterator[Record]:

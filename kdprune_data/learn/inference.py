@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,28 +72,36 @@ class Evaluation:
         return min(present)[1]
 
 
-def evaluate(
-    net: nn.Module,
-    images: Images,
-    *,
-    normalisation: Normalisation,
-    size: int,
-    device: torch.device,
-    batch: int = 256,
-) -> Evaluation:
-    """Accuracy and cross-entropy over the labelled samples that decode. Raises UsageError when there are none."""
+@dataclass(frozen=True)
+class Predictor:
+    """A network and what goes before it: how inputs are normalised, their side in pixels, and where it runs."""
+
+    net: nn.Module
+    normalisation: Normalisation
+    size: int
+    device: torch.device
+
+
+def evaluate(predictor: Predictor, images: Images, *, batch: int = 256, tick: Callable[[int], None] | None = None) -> Evaluation:
+    """Accuracy and cross-entropy over the labelled samples that decode; `tick` gets the samples of each batch done.
+
+    Raises UsageError when there are none.
+    """
     data = images.data
     rows = data.usable()[data.labels[data.usable()] >= 0]
     if not len(rows):
         raise UsageError(f"{data.folder} has no labelled samples: nothing to evaluate on")
     loss = 0.0
     right = np.zeros(len(data), bool)
-    with evaluating(net, device):
-        for some, pixels in evaluation_batches(images, rows, size=size, batch=batch):
-            logits = net(normalisation.apply(pixels.to(device))).float()
+    device = predictor.device
+    with evaluating(predictor.net, device) as net:
+        for some, pixels in evaluation_batches(images, rows, size=predictor.size, batch=batch):
+            logits = net(predictor.normalisation.apply(pixels.to(device))).float()
             labels = torch.from_numpy(data.labels[some].astype(np.int64)).to(device)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right[some] = (logits.argmax(1) == labels).cpu().numpy()
+            if tick is not None:
+                tick(len(some))
     classes = len(data.classes)
     n = np.bincount(data.labels[rows], minlength=classes)
     hits = np.bincount(data.labels[rows], weights=right[rows], minlength=classes)

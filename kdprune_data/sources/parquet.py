@@ -123,6 +123,8 @@ class ParquetSource:
         origin = f"{self.path} row {row}"
         if not data:
             raise SourceError(f"{origin} has no image bytes: only Parquet that holds the images themselves can be imported")
+        if label == -1:  # how Hugging Face's ClassLabel says that there is none
+            label = None
         if label is not None and not 0 <= label < len(self.classes):
             known = some(self.classes)
             raise SourceError(f"{origin} has label {label}, outside 0 to {len(self.classes) - 1} ({known}): mend it or drop the row")
