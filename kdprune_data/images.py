@@ -50,13 +50,11 @@ def decode(data: bytes) -> NDArray[np.uint8]:
             pass  # Pillow decides whether it is an image after all
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise SourceError(
-                    f"an image of {image.width} x {image.height} pixels: at most {PIXEL_LIMIT:,} pixels are decoded; scale it down"
-                )
-            return np.asarray(image.convert("RGB"))
-    except SourceError:
-        raise
+            if image.width * image.height > PIXEL_LIMIT:  # Pillow's own limit may have been lifted
+                raise Image.DecompressionBombError
+            return np.array(image.convert("RGB"))  # np.asarray would be read-only, at which torch warns
+    except Image.DecompressionBombError:
+        raise SourceError(f"an image of more pixels than the {PIXEL_LIMIT:,} that are decoded at most; scale it down") from None
     except Exception as error:  # Pillow's plugins raise anything on damaged data: struct.error, SyntaxError, OSError, ...
         raise SourceError(f"not an image that decodes ({type(error).__name__})") from None
 

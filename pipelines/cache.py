@@ -107,6 +107,9 @@ def _fill(caching: Caching, build: Build, there: int) -> None:
     new = config.views - there
     size = len(data.usable()) * new * classes * np.dtype(DTYPES[config.dtype]).itemsize
     say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')} on {caching.device}: about {megabytes(size)}")
+    covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
+    wanted = [cached.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
+    build.keep_only([*wanted, *(cached.rows_path(shard) for shard in shards)])
     with bar("cache", total=len(data.usable()) * new, unit="view") as progress:
         for first, last in spans:
             for shard in shards:

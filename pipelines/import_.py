@@ -31,7 +31,7 @@ from kdprune_data.formats import dataset
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.shards import Limits, Sample, ShardWriter
-from kdprune_data.share.cards import dataset_card
+from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import Item, Source, SourceOptions, open_source
 from kdprune_data.sources.shuffle import Shuffle, chunks
 
@@ -147,8 +147,7 @@ def _seal(build: Build, split: str, index: pa.Table, names: list[str], classes: 
     facts = dataset.write_index(build, index, classes, names)
     image = max(kinds, key=lambda kind: kinds[kind])
     labelled = facts.counts["labelled"] == facts.counts["samples"]
-    card = dataset_card(title=split, split=split, image=image, labelled=labelled, counts=facts.counts, classes=classes)
-    build.write("README.md", card.encode())
+    build.write("README.md", dataset_card(Card(split, split, image, labelled), facts.counts, classes).encode())
     return build.seal(counts=facts.counts, classes=list(classes), content=facts.content, side=["README.md"])
 
 

@@ -53,7 +53,7 @@ def run(config: IndexConfig) -> Outcome:
     settings = {
         "source": "webdataset",
         "split": config.split,
-        "listing": listing((p.name, p.stat().st_size) for p in config.shards),
+        "source_files": listing((p.name, p.stat().st_size) for p in config.shards),
         "id": config.id,
         "on_bad": config.on_bad,
     }

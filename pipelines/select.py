@@ -31,7 +31,7 @@ from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.formats.shards import Limits
 from kdprune_data.images import extension
 from kdprune_data.selectors.base import BALANCES, ENDS
-from kdprune_data.share.cards import dataset_card
+from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import foreign
 
 RANKING_LIMIT = 10_000_000
@@ -235,11 +235,13 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
 
 
 def _card(build: Build, parent: Dataset, facts: dataset.Facts) -> str:
+    identity = build.identity
     image = extension(parent.image_bytes(int(parent.usable()[0]))) or "jpg"
     labelled = facts.counts["labelled"] == facts.counts["samples"]
-    split = parent.manifest.config.get("split", "train")
-    name = build.identity.name
-    return dataset_card(title=name, split=split, image=image, labelled=labelled, counts=facts.counts, classes=parent.classes)
+    how = f"by {identity.config['method']}, fraction {identity.config['frac']}, seed {identity.config['seed']}"
+    note = f"Kept from {parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`) {how}."
+    card = Card(identity.name, parent.manifest.config.get("split", "train"), image, labelled, note)
+    return dataset_card(card, facts.counts, parent.classes)
 
 
 def _outcome(folder: Path, made: Manifest) -> Outcome:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -91,6 +92,7 @@ class Build:
             there = Manifest.load(folder)
             _refuse_other(folder, Identity(there.kind, there.name, there.config, there.inputs).to_json(), identity.to_json())
             if not append:
+                shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # killed between the manifest and this
                 build = cls(folder, identity)
                 build.done = there
                 return build
@@ -163,6 +165,14 @@ class Build:
         _write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))
         with self._mutex:
             self._parts[file.path] = (file, facts)
+
+    def keep_only(self, paths: Iterable[str]) -> None:
+        """Drop finished files that are no part of this artefact: left by an interrupted run that was asked for more."""
+        wanted = set(paths)
+        for path in [p for p in self._parts if p not in wanted]:
+            (self.folder / PARTIAL / "parts" / (quote(path, safe="") + ".json")).unlink(missing_ok=True)
+            (self.folder / path).unlink(missing_ok=True)
+            del self._parts[path]
 
     def files(self) -> list[File]:
         """The files written so far, by path."""
@@ -254,9 +264,12 @@ def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, A
         return
     if there["kind"] != wanted["kind"]:
         raise ExistsError(f"{folder} holds a {there['kind']}, not a {wanted['kind']}: choose another --name or --out")
-    differs = _differences(there["config"], wanted["config"]) + _differences(there["inputs"], wanted["inputs"])
+    inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
+    differs = _differences(there["config"], wanted["config"]) + inputs
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
-    raise ExistsError(f"{folder} was made with other settings ({shown}): choose another --name, or --overwrite to replace it")
+    free = next(name for n in itertools.count(2) if not folder.with_name(name := f"{folder.name}-{n}").exists())
+    elsewhere = f"--out {folder.with_name(free)}" if wanted["kind"] == "dataset" else f"--name {free}"
+    raise ExistsError(f"{folder} was made with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

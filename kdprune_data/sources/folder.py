@@ -53,7 +53,7 @@ class FolderSource:
 
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
-        return {"source": self.name, "listing": listing(self._files)}
+        return {"source": self.name, "source_files": listing(self._files)}
 
     def __len__(self) -> int:
         return len(self._files)

@@ -98,7 +98,7 @@ class ParquetSource:
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
         columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return {"source": self.name, "listing": listing((p.name, p.stat().st_size) for p in self.paths)} | columns
+        return {"source": self.name, "source_files": listing((p.name, p.stat().st_size) for p in self.paths)} | columns
 
     def __len__(self) -> int:
         return int(sum(f.metadata.num_rows for f in self.files))

@@ -1,0 +1,282 @@
+"""learn/stream.py: what a training epoch shows, to our own loop and to anybody's DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from kdprune_data import order
+from kdprune_data.errors import MismatchError, UsageError
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.logits import LogitCache
+from kdprune_data.images import decode
+from kdprune_data.learn import stream, views
+from kdprune_data.learn.stream import Batch, CachedViews, DrawnViews, Feed, Images, SoftLabelDataset, cached_views, normalisation_of
+from kdprune_data.learn.views import Policy
+
+SUBSET, CACHE = Path("subsets/random-0.5-s0"), Path("logits/random-0.5-s0--resnet8-s0")
+DRAWN = Policy("pad-crop", 8, False, 0, pad=1)
+
+
+def feed(folder: Path, *, batch: int = 16, seed: int = 0, threads: int = 1, count: int | None = None) -> Feed:
+    data = Dataset.open(folder)
+    return Feed(Images(data), DrawnViews(data, DRAWN, count), batch, seed, threads)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    soft = (a.logits is None and b.logits is None) or (a.logits is not None and b.logits is not None and torch.equal(a.logits, b.logits))
+    return soft and np.array_equal(a.rows, b.rows) and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+# --- Images
+
+
+def test_images_are_those_of_the_shards(chain: Path) -> None:
+    data = Dataset.open(chain / "data/train")
+    images = Images(data)
+    rows = np.array([5, 0, 107, 5])
+    expected = np.stack([decode(data.image_bytes(row)) for row in rows.tolist()])
+    for _ in range(2):  # decoded, then remembered
+        found = images.get(rows)
+        assert np.array_equal(found, expected)
+        found[:] = 0  # what is handed out is the caller's
+
+
+def test_images_of_several_sizes_come_as_a_list(tmp_path: Path, class_folders: Path, kdprune: Callable[..., Any]) -> None:
+    from PIL import Image
+
+    one = next(class_folders.rglob("*.png"))
+    with Image.open(one) as image:
+        image.resize((20, 11)).save(one)
+    assert kdprune("import", class_folders, cwd=tmp_path).code == 0
+    data = Dataset.open(tmp_path / "data/train")
+    found = Images(data).get(np.arange(len(data)))
+    assert isinstance(found, list)
+    assert [image.shape[:2] for image in found] == [tuple(size) for size in data.sizes.tolist()]
+    policy = views.policy_for(data.sizes, data.classes, size=12, flip="auto", seed=0)
+    batch = next(Feed(Images(data), DrawnViews(data, policy), 30, 0).epoch(0))
+    assert batch.images.shape == (30, 3, 12, 12)
+    boxes = views.geometry(policy, data.uids[batch.rows], data.sizes[batch.rows], 0)
+    assert torch.equal(batch.images, views.render([found[row] for row in batch.rows], boxes, 12))
+
+
+def test_normalisation_of_is_the_mean_and_deviation_of_the_pixels(chain: Path) -> None:
+    data = Dataset.open(chain / "data/train")
+    pixels = np.stack([decode(data.image_bytes(row)) for row in range(len(data))]).astype(np.float64) / 255
+    found = normalisation_of(Images(data))
+    assert found.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-6)
+    assert found.std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-6)
+
+
+# --- Feed
+
+
+@pytest.mark.parametrize("batch", [1, 7, 16, 53, 107, 108, 500])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_epoch_shows_every_sample_once(chain: Path, batch: int, epoch: int) -> None:
+    one = feed(chain / "data/train", batch=batch)
+    batches = list(one.epoch(epoch))
+    assert sorted(np.concatenate([b.rows for b in batches]).tolist()) == list(range(108))
+    assert len(batches) == one.steps_per_epoch()
+    assert {len(b.rows) for b in batches[:-1]} <= {batch}
+    assert batch == 1 or len(batches[-1].rows) > 1  # batch norm cannot learn from one sample
+
+
+def test_samples_that_do_not_decode_are_not_shown(tmp_path: Path, class_folders: Path, kdprune: Callable[..., Any]) -> None:
+    broken = sorted(class_folders.rglob("*.jpg"))[:3]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    assert kdprune("import", class_folders, "--on-bad", "keep", cwd=tmp_path).code == 0
+    data = Dataset.open(tmp_path / "data/train")
+    shown = np.concatenate([b.rows for b in feed(tmp_path / "data/train").epoch(0)])
+    left_out = set(data.ids.tolist()) - set(data.ids[shown].tolist())
+    assert left_out == {path.relative_to(class_folders).with_suffix("").as_posix() for path in broken}
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_change_nothing(chain: Path, threads: int) -> None:
+    plain = list(feed(chain / "data/train", threads=0).epoch(2))
+    threaded = list(feed(chain / "data/train", threads=threads).epoch(2))
+    assert all(same(a, b) for a, b in zip(plain, threaded, strict=True))
+
+
+def test_the_order_is_that_of_order_py(chain: Path) -> None:
+    data = Dataset.open(chain / "data/train")
+    for epoch in range(3):
+        walk = order.epoch_order(data.uids, data.shards, seed=5, epoch=epoch)
+        shown = np.concatenate([b.rows for b in feed(chain / "data/train", seed=5).epoch(epoch)])
+        assert shown.tolist() == walk.tolist()
+
+
+@pytest.mark.parametrize(("count", "epochs_alike"), [(None, []), (1, [(0, 1), (1, 2)]), (2, [(0, 2), (1, 3)])])
+def test_drawn_views_are_fresh_or_come_round(chain: Path, count: int | None, epochs_alike: list[tuple[int, int]]) -> None:
+    one = feed(chain / "data/train", count=count)
+    rows = np.arange(108)
+    shown = [one.make(rows, epoch).images for epoch in range(4)]
+    alike = [(a, b) for a in range(4) for b in range(a + 1, 4) if torch.equal(shown[a], shown[b])]
+    assert set(epochs_alike) <= set(alike)
+    assert (len(alike) == 0) == (count is None)
+
+
+def test_labels_and_images_belong_to_the_rows(chain: Path) -> None:
+    one = feed(chain / "data/train")
+    data = one.images.data
+    for batch in one.epoch(1):
+        boxes = views.geometry(DRAWN, data.uids[batch.rows], data.sizes[batch.rows], 1)
+        pixels = np.stack([decode(data.image_bytes(row)) for row in batch.rows.tolist()])
+        assert torch.equal(batch.images, views.render(pixels, boxes, 8))
+        assert batch.labels.tolist() == data.labels[batch.rows].tolist()
+        assert batch.labels.dtype == torch.int64
+        assert batch.logits is None
+
+
+@pytest.mark.parametrize("folder", ["data/train", str(SUBSET)])
+def test_a_batch_that_cannot_be_made_says_so(chain_copy: Path, folder: str) -> None:
+    """An error in a thread reaches the loop, and ends it."""
+    one = feed(chain_copy / folder, threads=2)
+    tar = one.images.data.shard_paths[0]
+    tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(Exception, match="is shorter than its index says"):
+        list(one.epoch(0))
+
+
+# --- views replayed from a cache
+
+
+def replay(chain: Path, **settings: Any) -> tuple[Dataset, CachedViews]:
+    data = Dataset.open(chain / SUBSET)
+    return data, cached_views(data, LogitCache.open(chain / CACHE), **settings)
+
+
+def test_cached_views_are_the_drawn_ones_with_what_the_teacher_said(chain: Path) -> None:
+    data, source = replay(chain)
+    for epoch in range(7):
+        cached = Feed(Images(data), source, 16, 0)
+        drawn = Feed(Images(data), DrawnViews(data, source.policy, 3), 16, 0)
+        for a, b in zip(cached.epoch(epoch), drawn.epoch(epoch), strict=True):
+            assert np.array_equal(a.rows, b.rows)
+            assert torch.equal(a.images, b.images)
+            stored = source.joined.read(a.rows, epoch % 3).logits
+            assert a.logits is not None
+            assert a.logits.dtype == torch.float32
+            assert np.array_equal(a.logits.numpy(), stored.astype(np.float32))
+            assert (a.logits.max(1).values == 0).all()
+
+
+@pytest.mark.parametrize(("count", "period"), [(None, 3), (1, 1), (2, 2), (3, 3)])
+def test_epoch_e_reads_view_e_mod_v(chain: Path, count: int | None, period: int) -> None:
+    data, source = replay(chain, count=count)
+    rows = np.arange(len(data))
+    for epoch in range(6):
+        assert np.array_equal(source.show(rows, epoch)[1], source.joined.read(rows, epoch % period).logits)
+
+
+def test_more_views_than_there_are(chain: Path) -> None:
+    with pytest.raises(UsageError, match="has 3 views, 4 are asked for"):
+        replay(chain, count=4)
+
+
+def test_other_classes_are_refused(tmp_path: Path, chain: Path, class_folders: Path, kdprune: Callable[..., Any]) -> None:
+    assert kdprune("import", class_folders, cwd=tmp_path).code == 0
+    with pytest.raises(MismatchError, match="use data with the same classes"):
+        cached_views(Dataset.open(tmp_path / "data/train"), LogitCache.open(chain / CACHE))
+
+
+# --- SoftLabelDataset
+
+
+def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    soft = torch.equal(a["logits"], b["logits"]) if a["logits"] is not None else b["logits"] is None
+    return soft and a["id"] == b["id"] and torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_fields(chain: Path, with_logits: bool) -> None:
+    found = SoftLabelDataset(chain / SUBSET, chain / CACHE if with_logits else None, batch_size=20)
+    batches = list(found)
+    assert len(batches) == len(found) == 3
+    data = Dataset.open(chain / SUBSET)
+    assert sorted(one for b in batches for one in b["id"]) == sorted(data.ids.tolist())
+    label_of = dict(zip(data.ids.tolist(), data.labels.tolist(), strict=True))
+    for batch, n in zip(batches, (20, 20, 14), strict=True):
+        assert list(batch) == ["image", "label", "logits", "id"]
+        assert (batch["image"].shape, batch["image"].dtype) == ((n, 3, 8, 8), torch.float32)
+        assert (batch["label"].shape, batch["label"].dtype) == ((n,), torch.int64)
+        assert batch["label"].tolist() == [label_of[one] for one in batch["id"]]
+        if with_logits:
+            assert (batch["logits"].shape, batch["logits"].dtype) == ((n, 10), torch.float32)
+        else:
+            assert batch["logits"] is None
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_it_shows_what_distill_trains_on(chain: Path, count: int | None) -> None:
+    data, source = replay(chain, count=count)
+    found = SoftLabelDataset(chain / SUBSET, chain / CACHE, batch_size=16, seed=4, views=count)
+    normalisation = normalisation_of(Images(data))
+    for epoch in range(4):
+        found.set_epoch(epoch)
+        for mine, fed in zip(found, Feed(Images(data), source, 16, 4).epoch(epoch), strict=True):
+            assert mine["id"] == data.ids[fed.rows].tolist()
+            assert torch.equal(mine["image"], normalisation.apply(fed.images))
+            assert torch.equal(mine["logits"], fed.logits)
+
+
+def test_labels_only_draws_a_fresh_view_every_epoch(chain: Path) -> None:
+    found = SoftLabelDataset(chain / SUBSET, batch_size=54)
+    shown = []
+    for epoch in range(3):
+        found.set_epoch(epoch)
+        batch = next(iter(found))
+        shown.append(batch["image"][np.argsort(batch["id"])])
+    assert not torch.equal(shown[0], shown[1])
+    assert not torch.equal(shown[1], shown[2])
+
+
+def test_workers_change_nothing(chain: Path) -> None:
+    """Spawned, as everywhere but on Linux: so all that a worker needs must be picklable."""
+    found = SoftLabelDataset(chain / SUBSET, chain / CACHE, batch_size=7, epoch=1)
+    plain = list(DataLoader(found, batch_size=None))
+    shared = list(DataLoader(found, batch_size=None, num_workers=2, multiprocessing_context="spawn"))
+    assert len(plain) == 8
+    assert all(alike(a, b) for a, b in zip(plain, shared, strict=True))
+    assert all(alike(a, b) for a, b in zip(plain, list(found), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0 is too small: at least 1"),
+        ({"batch_size": -3}, "batch_size -3 is too small"),
+        ({"batch_size": 8, "views": 4}, "has 3 views, 4 are asked for"),
+        ({"batch_size": 8, "seed": -1}, "seed -1 is out of range"),
+        ({"batch_size": 8, "logits": SUBSET}, "expected logits"),
+        ({"batch_size": 8, "subset": CACHE}, "expected dataset or subset"),
+        ({"batch_size": 8, "subset": Path("nowhere")}, "nowhere does not exist"),
+    ],
+)
+def test_errors(chain: Path, settings: dict[str, Any], message: str) -> None:
+    given = {"subset": SUBSET, "logits": CACHE} | settings
+    with pytest.raises(UsageError, match=message):
+        next(iter(SoftLabelDataset(chain / given.pop("subset"), chain / given.pop("logits"), **given)))
+
+
+def test_a_cache_of_other_samples_is_refused(chain: Path) -> None:
+    with pytest.raises(MismatchError, match="has no logits for 50 of 50 samples"):
+        SoftLabelDataset(chain / "data/test", chain / CACHE, batch_size=8)
+
+
+def test_prefetch_runs_few_items_ahead() -> None:
+    """So that memory does not grow with the data."""
+    made: list[int] = []
+    running = stream.prefetch(lambda n: made.append(n) or n, range(1000), 2)
+    assert [next(running) for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert len(made) <= 5 + 2 * 2 + 1
+    running.close()
+    assert len(made) < 20
