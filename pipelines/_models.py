@@ -39,6 +39,12 @@ class Saved:
         return sorted(int(name[6:].split(".")[0]) for name in names)
 
     @property
+    def early_epoch(self) -> int | None:
+        """The kept epoch that early scores are read from: the first, when it is not the last."""
+        kept = self.kept_epochs
+        return kept[0] if kept and kept[0] < self.manifest.counts["epochs"] else None
+
+    @property
     def recorded_epochs(self) -> list[int]:
         """Epochs whose dynamics are recorded, ascending."""
         names = [f.path for f in self.manifest.files if f.path.startswith("dynamics/epoch-")]

@@ -71,7 +71,7 @@ class Scorer:
     def sources(self) -> dict[str, str]:
         """Which file of the teacher's each score comes from."""
         final, recorded = "model.safetensors", f"dynamics of {len(self.saved.recorded_epochs)} epochs"
-        early = f"epoch-{early_epoch(self.saved):03d}.safetensors" if self.early is not None else final
+        early = f"epoch-{self.saved.early_epoch:03d}.safetensors" if self.early is not None else final
         by_kind = {"final": final, "early": early, "dynamics": recorded}
         return {name: by_kind[score.source] for name, score in SCORES.items() if score.source != "dynamics" or name in self.past}
 
@@ -90,7 +90,7 @@ def run(config: ScoreConfig) -> Outcome:
     past = _from_dynamics(saved, data)
     settings: dict[str, Any] = {
         "columns": [n for n, s in SCORES.items() if s.source != "dynamics" or n in past],
-        "early_epoch": early_epoch(saved),
+        "early_epoch": saved.early_epoch,
         "embedding": config.embedding,
         "logits": config.logits,
         "batch": config.batch,
@@ -104,17 +104,11 @@ def run(config: ScoreConfig) -> Outcome:
         return _outcome(folder, _score(_scorer(config, saved, data, past), build, data))
 
 
-def early_epoch(saved: Saved) -> int | None:
-    """The kept epoch that el2n and grand are read from: the first, when it is not the last."""
-    kept = saved.kept_epochs
-    return kept[0] if kept and kept[0] < saved.manifest.counts["epochs"] else None
-
-
 def _scorer(config: ScoreConfig, saved: Saved, data: Dataset, past: dict[str, NDArray[np.float32]]) -> Scorer:
     from kdprune_data.learn.inference import choose_device
     from kdprune_data.learn.stream import Images
 
-    early = early_epoch(saved)
+    early = saved.early_epoch
     if early is None:
         say("the teacher keeps no early epoch: el2n and grand are read from its final weights")
     nets = saved.load(code=config.code), saved.load(code=config.code, epoch=early) if early else None
@@ -149,6 +143,7 @@ def _score(scorer: Scorer, build: Build, data: Dataset) -> Manifest:
     shards = np.unique(data.shards[data.usable()]).tolist()
     samples = len(data.usable())
     say(f"scoring {count(samples, 'sample')} in {count(len(shards), 'shard')} on {scorer.device}")
+    say("the run that made the teacher makes the scores too: for scores that are independent of it, score with a teacher of another seed")
     with bar("score", total=samples) as progress:
         for shard in shards:
             rows = data.rows_of(shard)

@@ -205,8 +205,8 @@ def _dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_dangers_are_seen() -> None:
     """The check above finds what it is for."""
     code = (
-        "import pickle\ntry:\n  eval('1')\nexcept:\n  torch.load(f)\nos.system('ls')\nnp.load(f, allow_pickle=True)\nrun('ls', shell=True)\n"
-        "model.eval()\ntorch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)"
+        "import pickle\ntry:\n  eval('1')\nexcept:\n  torch.load(f)\nos.system('ls')\nnp.load(f, allow_pickle=True)\n"
+        "run('ls', shell=True)\nmodel.eval()\ntorch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)"
     )
     assert sorted(line for line, _ in _dangers(ast.parse(code))) == [1, 3, 4, 5, 6, 7, 8]
 

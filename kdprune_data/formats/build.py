@@ -85,7 +85,9 @@ class Build:
 
         Raises ExistsError when the folder holds anything else, or another process is writing it.
         """
-        if overwrite and ((folder / m.NAME).exists() or (folder / PARTIAL).exists()):
+        if not _is_ours(folder) and folder.exists() and any(folder.iterdir()):
+            raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
+        if overwrite and folder.exists():
             _remove(folder)
         kept: Sequence[File] = ()
         if (folder / m.NAME).exists():
@@ -97,25 +99,22 @@ class Build:
                 build.done = there
                 return build
             kept = there.files
-        elif not (folder / PARTIAL).exists() and folder.exists() and any(folder.iterdir()):
-            raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
         build = cls(folder, identity, kept)
-        build._open()
+        try:
+            build._open()
+        except BaseException:
+            build.close()
+            raise
         return build
 
     def _open(self) -> None:
         partial = self.folder / PARTIAL
         _make_folder(partial / "parts")
-        self._lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise ExistsError(f"another process is writing {self.folder}: wait for it, or choose another --name") from None
+        self._lock = _lock(self.folder)
         wanted = self.identity.to_json()
         noted = partial / "identity.json"
         if noted.exists():
-            _refuse_other(self.folder, json.loads(noted.read_bytes()), wanted)
+            _refuse_other(self.folder, json.loads(noted.read_bytes()), wanted, unfinished=True)
         else:
             _write_whole(noted, m.canonical(wanted))
         for leftover in self.folder.rglob(".*.tmp"):
@@ -232,6 +231,27 @@ def _is_whole(folder: Path, part: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == part["bytes"] and bool(m.sha256_file(path) == part["sha256"])
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is an artefact, finished or not, whole or damaged: nothing else is continued or replaced."""
+    if (folder / PARTIAL).is_dir():
+        return True
+    try:
+        return json.loads((folder / m.NAME).read_bytes())["kind"] in m.KINDS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _lock(folder: Path) -> int:
+    """Become the one process that writes. Raises ExistsError when another is."""
+    lock = os.open(folder / PARTIAL / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ExistsError(f"another process is writing {folder}: wait for it, or choose another --name or --out") from None
+    return lock
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,13 +273,15 @@ def _write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
 
 def _remove(folder: Path) -> None:
     """Take an artefact away at one stroke: renamed first, so that a kill leaves no half of it under its name."""
+    if (folder / PARTIAL).is_dir():
+        os.close(_lock(folder))
     gone = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
 
 
-def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], *, unfinished: bool = False) -> None:
     if there == wanted:
         return
     if there["kind"] != wanted["kind"]:
@@ -269,7 +291,8 @@ def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, A
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
     free = next(name for n in itertools.count(2) if not folder.with_name(name := f"{folder.name}-{n}").exists())
     elsewhere = f"--out {folder.with_name(free)}" if wanted["kind"] == "dataset" else f"--name {free}"
-    raise ExistsError(f"{folder} was made with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
+    what = "holds an unfinished run" if unfinished else "was made"
+    raise ExistsError(f"{folder} {what} with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

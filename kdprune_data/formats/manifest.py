@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,8 @@ class Manifest:
             for key in ("files", "side", "outside"):
                 body[key] = tuple(File(**f) for f in body[key])
             manifest = cls(**body)
+            for file in (*manifest.files, *manifest.side):
+                _check_inside(path, file.path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{path} is not a manifest ({type(error).__name__}): make or fetch the folder again") from None
         if manifest.digest != digest:
@@ -149,6 +151,13 @@ class Manifest:
             if one["role"] == role:
                 return one
         raise FormatError(f"{self.kind} {self.name!r} has no input of role {role!r}: its manifest is not one of this version's")
+
+
+def _check_inside(manifest: Path, path: str) -> None:
+    """Raise FormatError unless a listed path is plain and relative: a folder that was fetched names no files but its own."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or str(pure) != path or path == ".":
+        raise FormatError(f"{manifest} lists a file outside the folder ({path!r}): fetch it again from where you trust it")
 
 
 def content_of(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:

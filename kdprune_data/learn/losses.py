@@ -7,6 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdprune_data.errors import UsageError
+
 
 def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of softmax at a temperature, mean over the batch; not scaled by temperature^2.
@@ -21,8 +23,12 @@ def distillation(student: Tensor, teacher: Tensor | None, labels: Tensor, *, alp
     """(1 - alpha) * CE(label) + alpha * temperature^2 * KL(teacher || student), batch means.
 
     student, teacher: logits, float of shape (n, c); labels: int64 of shape (n,). Source: Ben-Baruch et al., "Distilling the knowledge in
-    data pruning", ICML 2025, section 3; the temperature^2 is Hinton's, so that alpha means the same at any temperature.
+    data pruning", ICML 2025; the temperature^2 is Hinton's, so that alpha means the same at any temperature.
+
+    Raises UsageError when alpha weighs a teacher and there is none.
     """
+    if alpha > 0 and teacher is None:
+        raise UsageError(f"alpha {alpha:g} weighs the teacher's logits, and there are none: give a logit cache, or alpha 0")
     total = student.new_zeros(())
     if alpha < 1:
         total = total + (1 - alpha) * F.cross_entropy(student, labels)

@@ -85,7 +85,9 @@ class ViewSource(Protocol):
     """Which view of a sample an epoch (counted from 0) shows."""
 
     @property
-    def policy(self) -> Policy: ...
+    def policy(self) -> Policy:
+        """What its views look like."""
+        ...
 
     def show(self, rows: NDArray[np.int64], epoch: int) -> tuple[Geometry, NDArray[np.floating] | None]:
         """Boxes of some rows, and the teacher's logits of shape (n, c) where there are any."""

@@ -17,6 +17,23 @@ from kdprune_data.errors import FormatError, KdpruneError, UsageError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.manifest import File, Manifest
 
+KEYS = {
+    "format",
+    "kind",
+    "name",
+    "config",
+    "inputs",
+    "counts",
+    "classes",
+    "files",
+    "side",
+    "outside",
+    "digest",
+    "content",
+    "made",
+    "sha256",
+}
+
 
 def sha(value: Any) -> str:
     """sha256 of canonical JSON as the page puts it: keys sorted, `,` and `:` without spaces, printable text as it is."""
@@ -69,7 +86,7 @@ def test_both_identities_are_what_the_page_says(digits: Path, split: str) -> Non
     folder = digits / "data" / split
     raw = (folder / "manifest.json").read_bytes()
     body = json.loads(raw)
-    assert set(body) == set(["format", "kind", "name", "config", "inputs", "counts", "classes", "files", "side", "outside", "digest", "content", "made", "sha256"])
+    assert set(body) == KEYS
     assert raw == json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     assert body["sha256"] == sha({key: value for key, value in body.items() if key != "sha256"})
     named = {key: body[key] for key in ("format", "kind", "config", "counts", "classes", "files")}

@@ -1,0 +1,277 @@
+"""formats/build.py: an artefact appears whole or not at all; an interrupted one continues from the parts that are still what they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdprune_data.errors import ExistsError, FormatError, KdpruneError, UsageError
+from kdprune_data.formats import manifest as m
+from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.manifest import Manifest
+
+CONFIG = {"seed": 0, "recipe": {"epochs": 3, "lr": 0.1}}
+
+
+def identity(kind: str = "dataset", **config: Any) -> Identity:
+    return Identity(kind, "x", CONFIG | config, [])
+
+
+def finish(build: Build) -> Manifest:
+    return build.seal(counts={"samples": 1}, classes=["a"], content="00" * 32)
+
+
+def whole(folder: Path, **config: Any) -> Manifest:
+    with Build.begin(folder, identity(**config)) as build:
+        build.write("a.bin", b"aaa")
+        build.write("sub/b.bin", b"bbb", {"rows": 3})
+        return finish(build)
+
+
+def refusal(folder: Path, wanted: Identity, **how: bool) -> str:
+    with pytest.raises(ExistsError) as caught:
+        Build.begin(folder, wanted, **how)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_left_is_the_files_and_the_manifest(tmp_path: Path) -> None:
+    made = whole(tmp_path / "x")
+    assert {p.relative_to(tmp_path / "x").as_posix() for p in (tmp_path / "x").rglob("*") if p.is_file()} == {"a.bin", "sub/b.bin", m.NAME}
+    assert Manifest.load(tmp_path / "x") == made
+    assert [(f.path, f.bytes, f.sha256) for f in made.files] == [
+        ("a.bin", 3, hashlib.sha256(b"aaa").hexdigest()),
+        ("sub/b.bin", 3, hashlib.sha256(b"bbb").hexdigest()),
+    ]
+
+
+def test_while_unfinished_the_folder_is_what_the_page_says(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with Build.begin(folder, identity()) as build:
+        build.write("sub/b.bin", b"bbb", {"rows": 3})
+        with build.create("c.bin") as sink:
+            sink.write(b"cc")
+            assert (folder / ".c.bin.tmp").exists()
+            assert not (folder / "c.bin").exists()
+    partial = folder / ".partial"
+    assert json.loads((partial / "identity.json").read_bytes()) == {"kind": "dataset", "config": CONFIG, "inputs": {}}
+    note = json.loads((partial / "parts" / "sub%2Fb.bin.json").read_bytes())
+    assert note == {"path": "sub/b.bin", "bytes": 3, "sha256": hashlib.sha256(b"bbb").hexdigest(), "facts": {"rows": 3}}
+    with pytest.raises(UsageError, match="is unfinished: run the command that makes it again, it continues"):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (None, True),
+        (b"bbx", False),  # a changed byte
+        (b"bb", False),
+        (b"bbbb", False),
+        ("gone", False),
+    ],
+)
+def test_a_finished_part_is_trusted_only_while_it_is_what_was_noted(tmp_path: Path, damage: bytes | str | None, kept: bool) -> None:
+    with Build.begin(tmp_path / "x", identity()) as build:
+        build.write("a.bin", b"aaa")
+        build.write("sub/b.bin", b"bbb", {"rows": 3})
+    path = tmp_path / "x" / "sub" / "b.bin"
+    if damage == "gone":
+        path.unlink()
+    elif isinstance(damage, bytes):
+        path.write_bytes(damage)
+    with Build.begin(tmp_path / "x", identity()) as build:
+        assert build.finished("a.bin") == {}
+        assert build.finished("sub/b.bin") == ({"rows": 3} if kept else None)
+        assert build.finished("c.bin") is None
+        if not kept:
+            build.write("sub/b.bin", b"bbb", {"rows": 3})
+        found = finish(build)
+    assert found.digest == whole(tmp_path / "fresh").digest
+
+
+def test_an_error_while_a_file_is_written_leaves_no_file(tmp_path: Path) -> None:
+    def half(build: Build) -> None:
+        with build.create("a.bin") as sink:
+            sink.write(b"half")
+            raise RuntimeError
+
+    with Build.begin(tmp_path / "x", identity()) as build:
+        with pytest.raises(RuntimeError):
+            half(build)
+        assert build.finished("a.bin") is None
+        assert [p.name for p in (tmp_path / "x").iterdir()] == [".partial"]
+
+
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
+    """A real kill -9, in the middle of a file, with the lock held."""
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from kdprune_data.formats.build import Build, Identity
+        build = Build.begin(Path(sys.argv[1]), Identity("dataset", "x", {"seed": 0}, []))
+        build.write("a.bin", b"aaa")
+        with build.create("sub/b.bin") as sink:
+            sink.write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "x")], check=False)
+    assert done.returncode == -9
+    assert (tmp_path / "x" / "sub" / ".b.bin.tmp").exists()
+    with Build.begin(tmp_path / "x", Identity("dataset", "x", {"seed": 0}, [])) as build:
+        assert build.finished("a.bin") == {}
+        assert build.finished("sub/b.bin") is None
+        assert not list((tmp_path / "x").rglob("*.tmp"))
+
+
+def test_the_same_again_is_done(tmp_path: Path) -> None:
+    made = whole(tmp_path / "x")
+    with Build.begin(tmp_path / "x", identity()) as build:
+        assert build.done == made
+    assert not (tmp_path / "x" / ".partial").exists()
+
+
+def test_another_name_is_the_same_thing(tmp_path: Path) -> None:
+    whole(tmp_path / "x")
+    assert Build.begin(tmp_path / "x", Identity("dataset", "y", CONFIG, [])).done is not None
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (identity(seed=1), "(seed is 0, now 1)"),
+        (identity(recipe={"epochs": 4, "lr": 0.1}), "(recipe.epochs is 3, now 4)"),
+        (identity(recipe={"epochs": 4, "lr": 0.2}, seed=2), "(recipe.epochs is 3, now 4; recipe.lr is 0.1, now 0.2; seed is 0, now 2)"),
+        (identity(more="x" * 50), "(more is null, now xxxxxxxxxxxx...)"),
+        (identity(a=1, b=2, c=3, seed=4), "(a is null, now 1; b is null, now 2; c is null, now 3; and 1 more)"),
+        (Identity("dataset", "x", CONFIG, [{"role": "data", "digest": "abcd"}]), "(input data is null, now abcd)"),
+        (identity("subset"), "holds a dataset, not a subset: choose another --name or --out"),
+    ],
+)
+def test_something_else_is_refused_naming_what_differs(tmp_path: Path, wanted: Identity, says: str, finished: bool) -> None:
+    if finished:
+        whole(tmp_path / "x")
+    else:
+        Build.begin(tmp_path / "x", identity()).close()
+    before = sorted(tmp_path.rglob("*"))
+    line = refusal(tmp_path / "x", wanted)
+    assert says in line
+    assert ("unfinished" in line) == (not finished and wanted.kind == "dataset")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_lock_is_let_go_when_a_run_is_refused(tmp_path: Path) -> None:
+    Build.begin(tmp_path / "x", identity()).close()
+    refusal(tmp_path / "x", identity(seed=1))
+    with Build.begin(tmp_path / "x", identity()) as build:
+        finish(build)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_process_writes_at_a_time(tmp_path: Path, overwrite: bool) -> None:
+    with Build.begin(tmp_path / "x", identity()) as first:
+        first.write("a.bin", b"aaa")
+        line = refusal(tmp_path / "x", identity(), overwrite=overwrite)
+        assert line == f"another process is writing {tmp_path / 'x'}: wait for it, or choose another --name or --out"
+        assert finish(first).files[0].path == "a.bin"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_overwrite_replaces_all_of_it(tmp_path: Path, finished: bool) -> None:
+    if finished:
+        whole(tmp_path / "x")
+    else:
+        with Build.begin(tmp_path / "x", identity()) as build:
+            build.write("a.bin", b"aaa")
+    with Build.begin(tmp_path / "x", identity(seed=1), overwrite=True) as build:
+        assert build.done is None
+        build.write("c.bin", b"c")
+        finish(build)
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"c.bin", m.NAME}
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_overwrite_of_a_damaged_artefact(tmp_path: Path) -> None:
+    whole(tmp_path / "x")
+    (tmp_path / "x" / "a.bin").unlink()
+    with pytest.raises(FormatError, match="is missing"):
+        Build.begin(tmp_path / "x", identity())
+    assert Build.begin(tmp_path / "x", identity(), overwrite=True).done is None
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebodys_files_is_never_touched(tmp_path: Path, overwrite: bool, name: str) -> None:
+    """A `manifest.json` may be anybody's: a browser extension's, for one."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / name).write_text('{"manifest_version": 3, "name": "mine"}')
+    line = refusal(folder, identity(), overwrite=overwrite)
+    assert line == f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself"
+    assert [p.name for p in folder.iterdir()] == [name]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert whole(tmp_path / "x").files
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(KdpruneError, match=r"^cannot write in .*file.*: Not a directory; choose another --out$"):
+        Build.begin(tmp_path / "file" / "x", identity())
+
+
+def test_append_takes_a_finished_one_up_again(tmp_path: Path) -> None:
+    first = whole(tmp_path / "x")
+    with Build.begin(tmp_path / "x", identity(), append=True) as build:
+        assert build.done is None
+        assert build.finished("a.bin") == {}
+        build.write("c.bin", b"c")
+        grown = finish(build)
+    assert [f.path for f in grown.files] == ["a.bin", "c.bin", "sub/b.bin"]
+    assert [f for f in grown.files if f.path != "c.bin"] == list(first.files)
+    refusal(tmp_path / "x", identity(seed=1), append=True)
+
+
+def test_append_that_adds_nothing_leaves_it_as_it_was(tmp_path: Path) -> None:
+    whole(tmp_path / "x")
+    before = (tmp_path / "x" / m.NAME).read_bytes()
+    with Build.begin(tmp_path / "x", identity(), append=True) as build:
+        build.abandon()
+    assert (tmp_path / "x" / m.NAME).read_bytes() == before
+    assert not (tmp_path / "x" / ".partial").exists()
+
+
+def test_side_files_stay_outside_the_digest(tmp_path: Path) -> None:
+    def made(name: str, note: bytes) -> Manifest:
+        with Build.begin(tmp_path / name, identity()) as build:
+            build.write("a.bin", b"aaa")
+            build.write("README.md", note)
+            return build.seal(counts={}, classes=[], content="00" * 32, side=["README.md", "absent.txt"])
+
+    one, other = made("one", b"1"), made("other", b"2")
+    assert one.digest == other.digest
+    assert [f.path for f in one.files] == ["a.bin"]
+    assert [f.path for f in one.side] == ["README.md"]
+
+
+def test_a_sink_hashes_what_is_written(tmp_path: Path) -> None:
+    build = Build.begin(tmp_path / "x", identity())
+    with build, build.create("a.bin") as sink:
+        assert sink.write(memoryview(b"abcdef")[1:3]) == 2
+        assert sink.write(b"") == 0
+        assert sink.tell() == 2
+    shutil.move(tmp_path / "x" / "a.bin", tmp_path / "a.bin")
+    assert build.files()[0].sha256 == hashlib.sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
+    assert os.path.getsize(tmp_path / "a.bin") == 2  # noqa: PTH202
