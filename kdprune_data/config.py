@@ -7,6 +7,7 @@ an unknown key is an error that suggests the nearest known one, and every value 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -90,7 +91,9 @@ def _check(field: Field[Any], value: Any) -> None:
             continue
         if limits.get("choices") and item not in limits["choices"]:
             raise unknown(field.name.replace("_", "-"), str(item), limits["choices"])
-        if limits.get("least") is not None and not item >= limits["least"]:  # `not`: NaN is neither
+        if isinstance(item, float) and not math.isfinite(item):
+            raise UsageError(f"--{field.name.replace('_', '-')} {item} is not a finite number: give one")
+        if limits.get("least") is not None and item < limits["least"]:
             raise UsageError(f"--{field.name.replace('_', '-')} {item} is too small: at least {limits['least']:,}")
         if limits.get("most") is not None and item > limits["most"]:
             raise UsageError(f"--{field.name.replace('_', '-')} {item} is too large: at most {limits['most']:,}")

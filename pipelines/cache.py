@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.config import Config, option
+from kdprune_data.errors import SourceError, some
 from kdprune_data.formats import logits as cached
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.dataset import Dataset, digests_of
@@ -122,7 +123,7 @@ def _fill(caching: Caching, build: Build, there: int) -> None:
 
 
 def _fill_shard(caching: Caching, build: Build, shard: int, span: tuple[int, int]) -> None:
-    """One range of views of one shard: its view file, and the rows if they are not there yet."""
+    """One range of views of one shard: its view file, and the rows with the first range, whose counts they hold."""
     data = caching.images.data
     rows = data.rows_of(shard)
     found, kl = _views(caching, rows, span)
@@ -138,7 +139,7 @@ def _fill_shard(caching: Caching, build: Build, shard: int, span: tuple[int, int
         "kl": kl,
     }
     cached.write_views(build, cached.view_path(*span, shard), found, metadata)
-    if build.finished(cached.rows_path(shard)) is None:
+    if span[0] == 0:
         cached.write_rows(build, shard, data, rows, np.sum(correct, 0, dtype=np.int32))
 
 
@@ -163,9 +164,12 @@ def _views(caching: Caching, rows: NDArray[np.int64], span: tuple[int, int]) -> 
 
     places = list(order.batches(np.arange(len(rows)), config.batch))
     with evaluating(caching.net, caching.device) as net:
-        for batch in prefetch(make, places, config.jobs):
+        for at, batch in zip(places, prefetch(make, places, config.jobs), strict=True):
             for n, pixels in enumerate(batch):
                 full = net(caching.saved.normalisation.apply(pixels.to(caching.device))).float().cpu()
+                bad = data.ids[rows[at[~torch.isfinite(full).all(1).numpy()]]]
+                if len(bad):
+                    raise SourceError(f"the teacher's logits of {some(bad)} are not finite numbers: its weights are broken; use another")
                 kept = cached.stored(full.numpy(), config.dtype)
                 for tau in TEMPERATURES:
                     lost[tau] += float(kl(torch.from_numpy(kept.astype(np.float32)), full, tau)) * len(full)

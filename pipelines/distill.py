@@ -75,6 +75,7 @@ def run(config: DistillConfig) -> Outcome:
     folder, name = _workspace.place(config.out, config.name, _workspace.STUDENTS, derived)
     settings = _training.setting(config.recipe(), architecture, normalisation, policy.to_dict())
     settings |= {"role": "student", "alpha": lesson.alpha, "temperature": config.temperature, "views": lesson.cited}
+    settings["keep_epochs"] = sorted(config.keep_epochs)
     inputs = [data.manifest.as_input("data")]
     if lesson.cache is not None:
         inputs.append(lesson.cache.manifest.as_input("logits"))

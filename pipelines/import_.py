@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.config import Config, option
-from kdprune_data.errors import UsageError
+from kdprune_data.errors import SourceError, UsageError, some
 from kdprune_data.formats import dataset
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest
@@ -57,8 +57,8 @@ class ImportConfig(Config):
 
 def run(config: ImportConfig) -> Outcome:
     """Import a source. Raises UsageError, SourceError and ExistsError, with nothing half-made left visible."""
-    rate = _rate(config)
     source = open_source(config.source, SourceOptions(config.split, config.image_column, config.label_column))
+    rate = _rate(config, len(source))
     folders = {config.split: config.out or DATA / config.split}
     if rate:
         folders["val"] = folders["train"].parent / "val"
@@ -66,7 +66,7 @@ def run(config: ImportConfig) -> Outcome:
     with ExitStack() as stack:
         builds = {split: stack.enter_context(_begin(config, split, folder, source, rate)) for split, folder in folders.items()}
         if any(build.done is None for build in builds.values()):
-            manifests = _write(config, builds, source, rate)
+            manifests = _made(config, builds, source, rate)
         else:
             manifests = {split: build.done for split, build in builds.items() if build.done}
             say("already done")
@@ -74,14 +74,25 @@ def run(config: ImportConfig) -> Outcome:
     return Outcome(folders[config.split], facts, "\n".join(_describe(folders[split], m) for split, m in manifests.items()))
 
 
-def _rate(config: ImportConfig) -> Decimal | None:
+def _made(config: ImportConfig, builds: dict[str, Build], source: Source, rate: Decimal | None) -> dict[str, Manifest]:
+    """Write the splits. A source that is refused leaves nothing: it will be another one, or other settings, next time."""
+    try:
+        return _write(config, builds, source, rate)
+    except SourceError:
+        for build in builds.values():
+            build.discard()
+        raise
+
+
+def _rate(config: ImportConfig, samples: int) -> Decimal | None:
     if config.holdout is None:
         return None
     if config.split != "train":
         raise UsageError(f"--holdout goes with --split train, not {config.split}: it sets part of train apart as val")
     rate = order.fraction(config.holdout)
-    if rate == 1:
-        raise UsageError("--holdout 1 would leave nothing to train on: give a fraction below 1")
+    aside = order.keep_count(rate, samples)
+    if not 0 < aside < samples:
+        raise UsageError(f"--holdout {rate} sets {aside:,} of {count(samples, 'sample')} apart: train and val need at least one each")
     return rate
 
 
@@ -103,6 +114,8 @@ def _write(config: ImportConfig, builds: dict[str, Build], source: Source, rate:
     scratch = next(b for b in builds.values() if b.done is None).scratch("spool")
     shuffle = Shuffle(scratch, seed=config.seed, memory=config.memory, expected_bytes=source.bytes)
     say(f"reading {config.source}: {count(len(source), 'sample')}, {count(len(source.classes), 'class')}, {megabytes(source.bytes)}")
+    if source.left_out:
+        say(f"left out: {count(len(source.left_out), 'file')} not named like an image ({some(source.left_out)})")
     shuffle.collect(track(source, "read", total=len(source)))
     threshold = _threshold(shuffle.uids, config.seed, rate)
     limits = Limits(config.shard_samples, config.shard_bytes)

@@ -9,7 +9,6 @@ Every command then reads the set as if it had been imported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.shards import check_image
 from kdprune_data.images import EXTENSIONS
+from kdprune_data.sources import foreign
 from kdprune_data.sources.base import listing
 
 IMAGE_MEMBERS = (*EXTENSIONS, "jpeg")
@@ -68,7 +68,7 @@ def run(config: IndexConfig) -> Outcome:
         check_classes(config.split, folder, classes)
         with ThreadPoolExecutor(config.jobs) as pool:
             digests = list(track(pool.map(manifest.sha256_file, config.shards), "hash", total=len(config.shards), unit="shard"))
-        facts = dataset.write_index(build, index, classes, _shard_names(config.shards))
+        facts = dataset.write_index(build, index, classes, dataset.shard_names(config.shards))
         outside = dataset.outside(config.shards, digests=digests)
         return _outcome(folder, build.seal(counts=facts.counts, classes=classes, content=facts.content, outside=outside))
 
@@ -130,7 +130,7 @@ def _class_names(path: Path | None) -> list[str] | None:
         return None
     if not path.is_file():
         raise UsageError(f"--classes {path} does not exist: give a text file with one class name a line")
-    return path.read_text(encoding="utf-8").splitlines()
+    return foreign.read_lines(path)
 
 
 def _classes(names: list[str] | None, top: int) -> list[str]:
@@ -139,12 +139,6 @@ def _classes(names: list[str] | None, top: int) -> list[str]:
     if top >= len(names):
         raise SourceError(f"a sample has class number {top}, the class file {len(names)} names: add the missing names")
     return names
-
-
-def _shard_names(paths: Sequence[Path]) -> list[str]:
-    """Distinct names for `sizes.json`: file names, or whole paths where two tars share one."""
-    names = [p.name for p in paths]
-    return names if len(set(names)) == len(names) else [str(p) for p in paths]
 
 
 def _outcome(folder: Path, made: Manifest) -> Outcome:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kdprune_data.scores import Outputs
 
 Columns = dict[str, NDArray[np.float32]]
+FLOAT16_MOST = 65504.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _score_shard(scorer: Scorer, build: Build, shard: int, rows: NDArray[np.int6
             final, early = _outputs(scorer, some_rows, pixels)
             pieces.append(_columns(final, early))
             for what in vectors:
-                vectors[what].append(getattr(final, what).cpu().numpy().astype(np.float16))
+                vectors[what].append(getattr(final, what).cpu().clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16))
     columns = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
     columns |= {name: values[rows] for name, values in scorer.past.items()}
     _check_finite(columns, data, rows)

@@ -211,7 +211,7 @@ def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDAr
     outside: list[File] = []
     if config.ids_only:
         outside = _parents_shards(parent, build.folder)
-        index, names = parent.index.take(rows).combine_chunks(), [p.name for p in parent.shard_paths]
+        index, names = parent.index.take(rows).combine_chunks(), dataset.shard_names(parent.shard_paths)
     else:
         plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
         names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))

@@ -210,13 +210,13 @@ def test_seeds_and_epochs_give_unrelated_orders() -> None:
     ("n", "size", "lengths"),
     [
         (0, 4, []),
-        (1, 4, [1]),  # nothing to join
+        (1, 4, [1]),
         (4, 4, [4]),
-        (5, 4, [5]),  # the single last row joins the batch before it
-        (6, 4, [4, 2]),
-        (9, 4, [4, 5]),
-        (3, 1, [1, 2]),
-        (2, 1, [2]),
+        (5, 4, [2, 3]),  # not 4 and a straggler
+        (6, 4, [3, 3]),
+        (9, 4, [3, 3, 3]),
+        (3, 1, [1, 1, 1]),
+        (258, 64, [51, 52, 51, 52, 52]),
     ],
 )
 def test_batches(n: int, size: int, lengths: list[int]) -> None:

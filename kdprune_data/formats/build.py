@@ -209,8 +209,15 @@ class Build:
         return manifest
 
     def abandon(self) -> None:
-        """Leave a finished artefact that was taken up again as it was."""
+        """Leave a finished artefact that was taken up again as it was, without what an interrupted run had added."""
+        self.keep_only(f.path for f in Manifest.load(self.folder).files)
         shutil.rmtree(self.folder / PARTIAL)
+        self.close()
+
+    def discard(self) -> None:
+        """Leave nothing, unless it is done: what was asked for cannot be made, and its settings must not stand in the way of others."""
+        if self.done is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
@@ -222,8 +229,14 @@ class Build:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, KdpruneError) and self._is_bare():
+            self.discard()
         self.close()
+
+    def _is_bare(self) -> bool:
+        """Nothing has been made yet: there is no work that another run could continue."""
+        return not self._parts and self.folder.is_dir() and [p.name for p in self.folder.iterdir()] == [PARTIAL]
 
 
 def _is_whole(folder: Path, part: Mapping[str, Any]) -> bool:

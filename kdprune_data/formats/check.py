@@ -140,7 +140,7 @@ def _side_files(found: Dataset) -> Iterator[Fault]:
     sizes = found.folder / "sizes.json"
     per_shard = np.bincount(found.shards, minlength=len(found.shard_paths)).tolist()
     try:
-        if list(json.loads(sizes.read_bytes()).values()) != per_shard:
+        if json.loads(sizes.read_bytes()) != dict(zip(dataset.shard_names(found.shard_paths), per_shard, strict=True)):
             yield Fault(str(sizes), "its counts are not the index's")
     except ValueError:
         yield Fault(str(sizes), "is not JSON")

@@ -245,6 +245,12 @@ def write_index(build: Build, index: pa.Table, classes: Sequence[str], shard_nam
     return Facts(counts, m.content_of(ids, digests_of(index["sha256"]), labels))
 
 
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """What `sizes.json` calls the shards: by their files' names, with the shard's number before it where several files share one."""
+    names = [p.name for p in paths]
+    return names if len(set(names)) == len(names) else [f"{n}/{name}" for n, name in enumerate(names)]
+
+
 def outside(paths: Iterable[Path], *, relative_to: Path | None = None, digests: Iterable[str | None] | None = None) -> list[File]:
     """Manifest entries for files that are read where they lie. Digests are computed unless given."""
     listed = list(paths)

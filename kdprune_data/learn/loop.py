@@ -156,7 +156,8 @@ class Training:
             seen += len(batch.rows)
             if hooks.tick is not None:
                 hooks.tick(len(batch.rows))
-        if not bool(torch.isfinite(total)):
+        # The loss is taken before each update: the weights tell of the last one.
+        if not bool(torch.isfinite(total)) or not all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values()):
             raise KdpruneError(f"the loss is not a number any more in epoch {self.epoch + 1}: lower --lr (it is {self.recipe.lr:g})")
         return float(total) / seen, float(right) / seen, seen
 

@@ -25,7 +25,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     `.safetensors`, or anything else that `torch.load(weights_only=True)` reads: a state dict, bare or inside a checkpoint, with or
     without the prefix of DataParallel or torch.compile. Values are cast to the model's own types.
 
-    Raises SourceError when the file cannot be read without running code in it, MismatchError when the weights are another model's.
+    Raises SourceError when the file cannot be read without running code in it or holds numbers that are not finite, MismatchError when
+    the weights are another model's.
     """
     path = Path(path)
     found = _without_prefix(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path), model)
@@ -40,6 +41,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ]
     if faults := [f"{what} {some(keys)}" for what, keys in (("missing", missing), ("unexpected", extra), ("shape", wrong)) if keys]:
         raise MismatchError(f"{path} does not fit this model: {'; '.join(faults)}; check --model and --norm")
+    if broken := [key for key, value in found.items() if not bool(torch.isfinite(value).all())]:
+        raise SourceError(f"{path} holds numbers that are not finite ({some(broken)}): these weights are broken; use others")
     # Into the model's own dict, for its versions: torchvision's mnasnet refuses a plain one.
     own.update(found)
     model.load_state_dict(own)

@@ -49,6 +49,11 @@ class Source(Protocol):
         """What identifies the source, for the manifest: plain JSON, no paths of this machine."""
         ...
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Files that were passed over because they are no images."""
+        ...
+
     def __len__(self) -> int: ...
 
     @property
@@ -64,6 +69,12 @@ def listing(files: Iterable[tuple[str, int]]) -> str:
     return hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in files).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def is_inside(path: str) -> bool:
+    """Whether a path is relative and never climbs: what a tar's member may be called."""
+    pure = PurePosixPath(path)
+    return not pure.is_absolute() and ".." not in pure.parts
+
+
 def key_of(path: str) -> str:
     """The key of a relative path: no last extension, no dots in the last part, printable ASCII, at most 90 bytes.
 
@@ -71,6 +82,8 @@ def key_of(path: str) -> str:
     ('cats/a_b', '%C3%BCnder')
     """
     pure = PurePosixPath(path)
+    if not is_inside(path):
+        raise SourceError(f"{path!r} makes no key: only relative paths without `..` name a sample; rename the file")
     stem = pure.name[: -len(pure.suffix)] if pure.suffix else pure.name
     plain = str(pure.with_name(stem.replace(".", "_"))) if stem else ""
     key = "".join(c if " " <= c <= "~" else quote(c, safe="", errors="surrogateescape") for c in plain)

@@ -23,8 +23,8 @@ class FolderSource:
         self.root = root
 
     @cached_property
-    def _files(self) -> list[tuple[str, int]]:
-        """(relative path, bytes) of every image file; hidden files and folders are left alone."""
+    def _walk(self) -> tuple[list[tuple[str, int]], list[str]]:
+        """(relative path, bytes) of every image file, and the other files; hidden files and folders are left alone."""
         found: list[tuple[str, int]] = []
         others: list[str] = []
         for here, folders, files in os.walk(self.root, followlinks=True):
@@ -38,18 +38,30 @@ class FolderSource:
                     found.append((relative, path.stat().st_size))
                 else:
                     others.append(relative)
-        self.left_out = sorted(others)
         if not found:
             raise SourceError(f"{self.root} holds no image (.jpg .jpeg .png .webp): give a folder with a folder per class")
         loose = [path for path, _ in found if "/" not in path]
         if loose:
             raise SourceError(f"{self.root / loose[0]} is in no class folder ({len(loose):,} such): move images into CLASS/ folders")
-        return sorted(found)
+        return sorted(found), sorted(others)
+
+    @property
+    def _files(self) -> list[tuple[str, int]]:
+        return self._walk[0]
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """See `Source`."""
+        return self._walk[1]
 
     @cached_property
     def classes(self) -> Sequence[str]:
         """The names of the first-level folders that hold images, sorted."""
-        return sorted({path.split("/", 1)[0] for path, _ in self._files})
+        found = sorted({path.split("/", 1)[0] for path, _ in self._files})
+        for name in found:
+            if not _is_utf8(name):
+                raise SourceError(f"{self.root} has the class folder {name!r}, whose name is not UTF-8: rename it")
+        return found
 
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
@@ -68,3 +80,7 @@ class FolderSource:
         for relative, _ in self._files:
             path = self.root / relative
             yield Item(key_of(relative), path.read_bytes(), labels[relative.split("/", 1)[0]], str(path))
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\udc80" <= c <= "\udcff" for c in name)  # what `os` makes of other bytes

@@ -59,9 +59,19 @@ def read_ids(path: Path) -> Named:
     if path.suffix == ".npy":
         return _from_npy(path)
     if path.suffix == ".txt":
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_lines(path) if line.strip()]
         return Named(order.uids_of(lines), lines)
     raise UsageError(f"--keys {path}: cannot tell what a {path.suffix or 'nameless'} file holds; give a .txt, .parquet or .npy file of ids")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises SourceError when it is not UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 text (byte {error.start:,}): save it as UTF-8") from None
+    lines = text.replace("\r\n", "\n").split("\n")  # not splitlines, which also takes U+2028 and its like for an end of line
+    return lines if lines[-1] else lines[:-1]
 
 
 def _from_npy(path: Path) -> Named:

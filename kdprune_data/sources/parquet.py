@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdprune_data.errors import SourceError, UsageError, first_line, some
-from kdprune_data.sources.base import Item, key_of, listing
+from kdprune_data.sources.base import Item, is_inside, key_of, listing
 
 BATCH_ROWS = 1000
 
@@ -22,6 +22,7 @@ class ParquetSource:
     """One file, or all `*.parquet` of a folder in the order of their names."""
 
     name = "parquet"
+    left_out: Sequence[str] = ()
 
     def __init__(self, path: Path, *, image_column: str | None = None, label_column: str | None = None) -> None:
         self.paths = paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -87,13 +88,15 @@ class ParquetSource:
 
     @cached_property
     def _keys_from_paths(self) -> bool:
-        """Whether every row has a path and no two are the same."""
+        """Whether every row has a relative path and no two are the same."""
         kind = self.schema.field(self.image_column).type
         if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
             return False
         chunks = [c for f in self.files for c in f.read(columns=[f"{self.image_column}.path"]).column(0).chunks]
         paths = pc.struct_field(pa.chunked_array(chunks), "path") if chunks else pa.chunked_array([[]], pa.string())
-        return bool(paths.null_count == 0 and len(pc.unique(paths)) == len(paths))
+        if paths.null_count or len(pc.unique(paths)) < len(paths):
+            return False
+        return all(is_inside(path) for path in paths.to_pylist())
 
     def describe(self) -> dict[str, Any]:
         """See `Source`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kdprune_data.errors import ExistsError, FormatError, KdpruneError, UsageError
+from kdprune_data.errors import ExistsError, FormatError, KdpruneError, SourceError, UsageError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest
@@ -110,6 +110,35 @@ def test_an_error_while_a_file_is_written_leaves_no_file(tmp_path: Path) -> None
             half(build)
         assert build.finished("a.bin") is None
         assert [p.name for p in (tmp_path / "x").iterdir()] == [".partial"]
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize(("error", "stays"), [(SourceError, False), (UsageError, False), (KeyboardInterrupt, True), (OSError, True)])
+def test_a_refusal_before_anything_was_made_leaves_nothing(tmp_path: Path, error: type[BaseException], stays: bool, parts: int) -> None:
+    """What was refused is asked for differently next time; what was interrupted goes on."""
+
+    def stopped() -> None:
+        with Build.begin(tmp_path / "x", identity()) as build:
+            for n in range(parts):
+                build.write(f"{n}.bin", b"x")
+            raise error
+
+    with pytest.raises(error):
+        stopped()
+    assert (tmp_path / "x").exists() == (stays or parts > 0)
+
+
+def test_a_refusal_while_adding_to_a_finished_one_leaves_it_as_it_was(tmp_path: Path) -> None:
+    whole(tmp_path / "x")
+
+    def stopped() -> None:
+        with Build.begin(tmp_path / "x", identity(), append=True):
+            raise SourceError
+
+    with pytest.raises(SourceError):
+        stopped()
+    assert (tmp_path / "x" / "a.bin").exists()
+    assert Manifest.load(tmp_path / "x").files
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:

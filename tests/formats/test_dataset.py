@@ -1,4 +1,4 @@
-"""formats/dataset.py, shards.py, subset.py and table.py: the index, the cut into shards, the plan of a subset, and Parquet as others read it."""
+"""formats/dataset.py, shards.py, subset.py, table.py: the index, the cut into shards, the plan of a subset, Parquet as others read it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_bad_samples_are_counted_and_never_usable(tmp_path: Path) -> None:
         assert found.getnames() == ["000.png", "000.cls", "001.bin", "001.cls", "002.png"]
 
 
-@pytest.mark.parametrize("data", [b"not an image", b"GIF89a", images.encode_png(np.zeros((4, 4), np.uint8))[:-20]])
+@pytest.mark.parametrize("data", [b"not an image", b"GIF89a", images.encode_png(np.zeros((4, 4), np.uint8))[:-40]])
 def test_a_bad_sample_is_refused_naming_it(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(
         SourceError, match=r"^row 7 \(key '007'\): not an? .*; mend or remove it, or pass --on-bad keep to carry it along unused$"

@@ -231,6 +231,13 @@ def test_a_loss_that_is_no_number_is_refused(chain: Path, lr: float) -> None:
     assert epochs == []
 
 
+def test_weights_that_the_last_update_broke_are_refused(chain: Path) -> None:
+    """The loss, taken before each update, does not know of it."""
+    one = training(chain, Recipe(steps=1, batch=16, lr=1e38), "dropout")
+    with pytest.raises(KdpruneError, match="the loss is not a number any more in epoch 1"):
+        one.run(lambda z, batch: cross_entropy(z, batch) * 1e3, Hooks())
+
+
 # --- interruption
 
 

@@ -84,8 +84,9 @@ def test_an_epoch_shows_every_sample_once(chain: Path, batch: int, epoch: int) -
     batches = list(one.epoch(epoch))
     assert sorted(np.concatenate([b.rows for b in batches]).tolist()) == list(range(108))
     assert len(batches) == one.steps_per_epoch()
-    assert {len(b.rows) for b in batches[:-1]} <= {batch}
-    assert batch == 1 or len(batches[-1].rows) > 1  # batch norm cannot learn from one sample
+    lengths = [len(b.rows) for b in batches]
+    assert max(lengths) <= batch
+    assert max(lengths) - min(lengths) <= 1  # no straggler for batch norm to learn noise from
 
 
 def test_samples_that_do_not_decode_are_not_shown(tmp_path: Path, class_folders: Path, kdprune: Callable[..., Any]) -> None:
@@ -204,7 +205,7 @@ def test_fields(chain: Path, with_logits: bool) -> None:
     data = Dataset.open(chain / SUBSET)
     assert sorted(one for b in batches for one in b["id"]) == sorted(data.ids.tolist())
     label_of = dict(zip(data.ids.tolist(), data.labels.tolist(), strict=True))
-    for batch, n in zip(batches, (20, 20, 14), strict=True):
+    for batch, n in zip(batches, (18, 18, 18), strict=True):
         assert list(batch) == ["image", "label", "logits", "id"]
         assert (batch["image"].shape, batch["image"].dtype) == ((n, 3, 8, 8), torch.float32)
         assert (batch["label"].shape, batch["label"].dtype) == ((n,), torch.int64)

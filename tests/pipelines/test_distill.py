@@ -1,0 +1,417 @@
+"""`distill`: students of cached views, and every way in which soft labels could be somebody else's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdprune_data.formats import logits as cached
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.logits import LogitCache
+from kdprune_data.formats.manifest import File, Manifest, sha256_file
+from kdprune_data.learn.stream import Feed, Images, cached_views
+
+Cli = Callable[..., Any]
+Digests = Callable[[Path], dict[str, str]]
+SUBSET, CACHE = Path("subsets/random-0.5-s0"), Path("logits/random-0.5-s0--resnet8-s0")
+STUDENT = Path("students/random-0.5-s0--resnet8-a0.6204-s0")
+SHORT = ["--model", "resnet8", "--steps", 8, "--batch", 16]
+PART = Path(cached.view_path(0, 2, 0))
+
+
+def rewritten(folder: Path, path: Path, change: Callable[[dict[str, Any], int], None]) -> None:
+    """Rewrite a view file: `change` gets the columns of each view, as arrays, and the view. The manifest is made to fit."""
+    reader = pa.ipc.open_file(folder / path)
+    schema, batches = reader.schema, []
+    for view in range(reader.num_record_batches):
+        batch = reader.get_batch(view)
+        columns = {name: np.array(batch.column(name).to_numpy(zero_copy_only=False)) for name in schema.names if name != "logits"}
+        columns["logits"] = np.array(batch.column("logits").flatten().to_numpy()).reshape(len(batch), -1)
+        change(columns, view)
+        soft = pa.FixedSizeListArray.from_arrays(pa.array(columns.pop("logits").reshape(-1)), schema.field("logits").type.list_size)
+        arrays = [pa.array(values, schema.field(name).type) for name, values in columns.items()]
+        batches.append(pa.record_batch([*arrays, soft], schema=schema))
+    with pa.OSFile(str(folder / path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    resealed(folder)
+
+
+def resealed(folder: Path) -> None:
+    """Make a folder's manifest say what its files are: as whoever means to deceive would."""
+    manifest = Manifest.load(folder) if not (folder / "manifest.json").exists() else Manifest._parse(folder / "manifest.json")
+    files = [File(f.path, (folder / f.path).stat().st_size, sha256_file(folder / f.path)) for f in manifest.files]
+    (folder / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
+
+
+def shown(workspace: Path, cache: Path = CACHE, epoch: int = 0) -> torch.Tensor:
+    """What a student of the subset sees in an epoch, in the subset's order: uint8 of shape (n, 3, 8, 8)."""
+    data = Dataset.open(workspace / SUBSET)
+    batches = list(Feed(Images(data), cached_views(data, LogitCache.open(workspace / cache)), 16, 0).epoch(epoch))
+    order = np.argsort(np.concatenate([b.rows for b in batches]))
+    return torch.cat([b.images for b in batches])[order]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- students
+
+
+def test_the_folder(chain: Path) -> None:
+    manifest = Manifest.load(chain / STUDENT)
+    assert [f.path for f in manifest.files] == ["metrics.jsonl", "model.safetensors"]
+    assert manifest.counts == {"samples": 54, "steps": 16, "epochs": 4, "parameters": 75290}
+    config = manifest.config
+    assert (config["role"], config["alpha"], config["temperature"]) == ("student", 0.6204, 4.0)
+    cache = Manifest.load(chain / CACHE)
+    assert config["views"] == {"from": "cache", "count": 3, "files": [{"path": f.path, "sha256": f.sha256} for f in cache.files]}
+    assert config["policy"] == cache.config["policy"]
+    assert [(i["role"], i["digest"]) for i in manifest.inputs] == [
+        ("data", Manifest.load(chain / SUBSET).digest),
+        ("logits", cache.digest),
+    ]
+    rows = [json.loads(line) for line in (chain / STUDENT / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["steps"], row["samples"]) for row in rows] == [(1, 4, 54), (2, 8, 54), (3, 12, 54), (4, 16, 54)]
+
+
+def test_a_student_cites_the_files_it_reads(chain_copy: Path, kdprune: Cli) -> None:
+    assert kdprune("cache", "--views", 5, cwd=chain_copy).code == 0
+    for count, files in ((2, 4), (3, 4), (4, 6), (5, 6)):
+        ran = kdprune("distill", *SHORT, "--views", count, "--name", f"of-{count}", cwd=chain_copy)
+        assert ran.code == 0, ran.err
+        views = Manifest.load(chain_copy / f"students/of-{count}").config["views"]
+        assert (views["count"], len(views["files"])) == (count, files)
+
+
+@pytest.mark.parametrize("alpha", ["0", "0.5", "1"])
+def test_alpha_changes_what_is_learned(chain_copy: Path, kdprune: Cli, alpha: str) -> None:
+    for name, given in (("a", alpha), ("b", "0.25")):
+        ran = kdprune("distill", *SHORT, "--alpha", given, "--name", name, cwd=chain_copy)
+        assert ran.code == 0, ran.err
+    a, b = (weights(chain_copy / "students" / name) for name in "ab")
+    assert not equal(a, b)
+
+
+def test_equal_commands_give_equal_students(chain_copy: Path, kdprune: Cli, digests: Digests) -> None:
+    for name in "ab":
+        assert kdprune("distill", *SHORT, "--name", name, cwd=chain_copy).code == 0
+    assert digests(chain_copy / "students/a") == digests(chain_copy / "students/b")
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_labels_only(chain_copy: Path, kdprune: Cli, name: str | None) -> None:
+    ran = kdprune("distill", *SHORT, "--logits", "none", *(["--name", name] if name else []), cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    manifest = Manifest.load(chain_copy / f"students/{name or 'random-0.5-s0--resnet8-a0-s0'}")
+    assert (manifest.config["alpha"], manifest.config["views"]) == (0.0, {"from": "drawn", "count": None})
+    assert [i["role"] for i in manifest.inputs] == ["data"]
+
+
+def test_labels_only_on_the_cached_views_is_alpha_0(chain_copy: Path, kdprune: Cli) -> None:
+    """Views drawn in turn by the same rules are the cached ones: with alpha 0 the cache changes nothing."""
+    for name, more in (("cached", ["--alpha", 0]), ("drawn", ["--logits", "none", "--views", 3])):
+        ran = kdprune("distill", *SHORT, "--name", name, *more, cwd=chain_copy)
+        assert ran.code == 0, ran.err
+    assert equal(weights(chain_copy / "students/cached"), weights(chain_copy / "students/drawn"))
+
+
+def test_without_a_cache_it_says_so(chain_copy: Path, kdprune: Cli) -> None:
+    shutil.rmtree(chain_copy / "logits")
+    ran = kdprune("distill", *SHORT, cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    assert "no logit cache for subsets/random-0.5-s0 in logits/: labels only" in ran.err
+    ran = kdprune("distill", *SHORT, "--alpha", "0.5", cwd=chain_copy)
+    assert (ran.code, "weighs a teacher, and there is no logit cache" in ran.err) == (2, True)
+
+
+def test_a_cache_of_everything_serves_a_subset(chain_copy: Path, kdprune: Cli) -> None:
+    assert kdprune("cache", "data/train", "--views", 3, "--dtype", "float32", "--name", "all", cwd=chain_copy).code == 0
+    images = shown(chain_copy)
+    assert torch.equal(shown(chain_copy, Path("logits/all")), images)
+    shutil.rmtree(chain_copy / CACHE)
+    ran = kdprune("distill", *SHORT, cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    assert "logit cache: logits/all" in ran.err
+    manifest = Manifest.load(next(chain_copy.glob("students/random-0.5-s0--resnet8-a0.6204-s0*/manifest.json")).parent)
+    assert manifest.ancestor("logits") if manifest.counts["steps"] == 8 else True
+
+
+@pytest.mark.parametrize("frac", ["0.5", "1"])
+def test_alpha_is_automatic_by_what_is_kept_of_the_first_data_set(chain_copy: Path, kdprune: Cli, frac: str) -> None:
+    """A half of a half is a quarter."""
+    assert kdprune("select", SUBSET, "--frac", frac, "--out", "subsets/again", cwd=chain_copy).code == 0
+    ran = kdprune("distill", "subsets/again", *SHORT, "--name", "again", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    expected = {"0.5": 0.7408, "1": 0.6204}[frac]
+    assert Manifest.load(chain_copy / "students/again").config["alpha"] == expected
+
+
+def test_an_ids_only_subset_learns_the_same(chain_copy: Path, kdprune: Cli) -> None:
+    """The samples, their views and soft labels are those of the packed one; only the order of its shards may differ: here it has one."""
+    for name, more in (("packed", []), ("ids", ["--ids-only"])):
+        assert kdprune("select", "--frac", "0.2", "--out", f"subsets/{name}", *more, cwd=chain_copy).code == 0
+        logits = ["--logits", "none"]
+        ran = kdprune(
+            "distill", f"subsets/{name}", "--model", "resnet8", "--steps", 3, "--batch", 100, *logits, "--name", name, cwd=chain_copy
+        )
+        assert ran.code == 0, ran.err
+    a, b = (weights(chain_copy / "students" / name) for name in ("packed", "ids"))
+    assert all(torch.allclose(a[k].double(), b[k].double(), atol=1e-3) for k in a)
+
+
+def test_epochs_are_kept_where_asked(chain_copy: Path, kdprune: Cli) -> None:
+    line = ["distill", "--model", "resnet8", "--epochs", 4, "--batch", 16]
+    ran = kdprune(*line, "--keep-epochs", 2, cwd=chain_copy)
+    assert (ran.code, "keep_epochs is [], now [2]" in ran.err) == (2, True)  # the student of `chain` kept none
+    assert kdprune(*line, "--keep-epochs", 2, "--name", "kept", cwd=chain_copy).code == 0
+    kept = sorted(p.name for p in (chain_copy / "students/kept").glob("epoch-*"))
+    assert kept == ["epoch-002.safetensors", "epoch-004.safetensors"]
+    assert equal(weights(chain_copy / "students/kept"), weights(chain_copy / STUDENT))
+
+
+def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Digests) -> None:
+    before = digests(chain_copy)
+    ran = kdprune("distill", "--model", "resnet8", "--epochs", 4, "--batch", 16, cwd=chain_copy)
+    assert (ran.code, "already done" in ran.err) == (0, True)
+    assert digests(chain_copy) == before
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (["--alpha", "-0.1"], 2, "--alpha -0.1 is out of range: from 0"),
+        (["--alpha", "1.5"], 2, "--alpha 1.5 is out of range"),
+        (["--alpha", "nan"], 2, "--alpha nan is out of range"),
+        (["--alpha", "much"], 2, "--alpha 'much' is not a number"),
+        (["--views", "4"], 2, "has 3 views, 4 are asked for: make more with cache"),
+        (["--views", "0"], 2, "--views 0 is too small: at least 1"),
+        (["--temperature", "0"], 2, "--temperature 0.0 is too small"),
+        (["--temperature", "nan"], 2, "--temperature nan is not a finite number"),
+        (["--epochs", "0"], 2, "--epochs 0 trains nothing"),
+        (["--flip", "on"], 1, "another policy (flip is False, asked True)"),
+        (["--size", "16"], 1, "another policy"),
+        (["--view-seed", "1"], 1, "another policy (seed is 0, asked 1)"),
+        (["--teacher", "teachers/other"], 1, "holds the logits of teacher resnet8-s0"),
+        (["--teacher", "data/train"], 2, "expected model"),
+        (["--logits", "scores/resnet8-s0"], 2, "expected logits"),
+        (["--logits", "nowhere"], 2, "nowhere does not exist"),
+        (["--keep-epochs", "99"], 2, "--keep-epochs 99 is after the end"),
+        (["--lr", "1e30"], 1, "the loss is not a number any more"),
+    ],
+)
+def test_refusals(chain_copy: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:
+    if "teachers/other" in change:
+        other = ["teacher", "--model", "resnet8", "--steps", 2, "--batch", 16, "--seed", 1, "--name", "other"]
+        assert kdprune(*other, cwd=chain_copy).code == 0
+    steps = [] if "--epochs" in change else ["--steps", 8]
+    ran = kdprune("distill", "--model", "resnet8", *steps, "--batch", 16, "--name", "refused", *change, cwd=chain_copy)
+    assert ran.code == code, ran.err
+    assert said in ran.err
+    assert not (chain_copy / "students/refused/manifest.json").exists()
+    assert code == 1 or not (chain_copy / "students/refused").exists()
+
+
+@pytest.mark.parametrize("asked", [["--flip", "off"], ["--size", "8"], ["--view-seed", "0"], ["--teacher", "teachers/resnet8-s0"]])
+def test_asking_for_what_there_is(chain_copy: Path, kdprune: Cli, asked: list[str]) -> None:
+    ran = kdprune("distill", *SHORT, "--name", "asked", *asked, cwd=chain_copy)
+    assert ran.code == 0, ran.err
+
+
+def test_a_cache_of_another_subset_is_refused(chain_copy: Path, kdprune: Cli) -> None:
+    """Nor is it found by itself."""
+    assert kdprune("select", "--frac", "0.5", "--seed", 1, cwd=chain_copy).code == 0
+    other = "subsets/random-0.5-s1"
+    ids = [set(Dataset.open(chain_copy / s).ids.tolist()) for s in (SUBSET, other)]
+    missing = len(ids[1] - ids[0])
+    ran = kdprune("distill", other, *SHORT, "--logits", CACHE, cwd=chain_copy)
+    assert ran.code == 1
+    assert f"has no logits for {missing} of 54 samples of {other}" in ran.err
+    ran = kdprune("distill", other, *SHORT, cwd=chain_copy)
+    assert "labels only" in ran.err
+
+
+def test_several_caches_are_listed(chain_copy: Path, kdprune: Cli) -> None:
+    assert kdprune("cache", "--views", 1, "--seed", 1, "--name", "second", cwd=chain_copy).code == 0
+    ran = kdprune("distill", *SHORT, cwd=chain_copy)
+    assert ran.code == 2
+    assert f"several in logits/ fit: {CACHE.name}, second; say which with --logits" in ran.err
+
+
+def relabelled(source: Path, folder: Path) -> None:
+    """Class folders in which two samples have changed classes, under their old names: ids do not tell."""
+    shutil.copytree(source, folder)
+    a, b = sorted(folder.rglob("*.jpg"))[:2]
+    kept = a.read_bytes(), b.read_bytes()
+    a.write_bytes(kept[1])
+    b.write_bytes(kept[0])
+
+
+def test_other_images_under_the_same_ids_are_refused(tmp_path: Path, kdprune: Cli, class_folders: Path) -> None:
+    relabelled(class_folders, tmp_path / "changed")
+    for line in (
+        ["import", class_folders],
+        ["import", tmp_path / "changed", "--out", "data/changed"],
+        ["teacher", "--model", "resnet8", "--steps", 2, "--batch", 10],
+        ["cache", "data/train", "--views", 1],
+    ):
+        assert kdprune(*line, cwd=tmp_path).code == 0
+    ran = kdprune("distill", "data/changed", *SHORT, "--logits", "logits/train--resnet8-s0", cwd=tmp_path)
+    assert ran.code == 1
+    assert "was made of other data: the image of 2 samples of data/changed differs" in ran.err
+
+
+def test_other_labels_under_the_same_ids_are_refused(chain_copy: Path, kdprune: Cli) -> None:
+    """The same tars, in which one `.cls` says another class."""
+    adopted = []
+    for n, path in enumerate(sorted((chain_copy / SUBSET).glob("*.tar"))):
+        data = bytearray(path.read_bytes())
+        if n == 0:
+            at = data.index(b".cls") // 512 * 512 + 512
+            data[at] = ord("0") + (data[at] - ord("0") + 1) % 10
+        (chain_copy / path.name).write_bytes(data)
+        adopted.append(path.name)
+    (chain_copy / "names.txt").write_text("\n".join("0123456789"))
+    assert kdprune("index", *adopted, "--out", "data/changed", "--classes", "names.txt", cwd=chain_copy).code == 0
+    ran = kdprune("distill", "data/changed", *SHORT, "--logits", CACHE, cwd=chain_copy)
+    assert ran.code == 1
+    assert "was made of other data: the label of 1 samples of data/changed differs" in ran.err
+
+
+# --- what is in the files is what the student gets
+
+
+def test_a_geometry_edited_by_hand_changes_the_pixels(chain_copy: Path, kdprune: Cli) -> None:
+    """So the boxes are data, and are not drawn anew: what the teacher judged is what the student is shown."""
+    before = [shown(chain_copy, epoch=epoch) for epoch in range(3)]
+    data = Dataset.open(chain_copy / SUBSET)
+    row = int(data.rows_of(0)[4])
+
+    def edit(columns: dict[str, Any], view: int) -> None:
+        if view == 1:
+            columns["top"][4] += 3
+
+    rewritten(chain_copy / CACHE, PART, edit)
+    after = [shown(chain_copy, epoch=epoch) for epoch in range(3)]
+    changed = [(epoch, n) for epoch in range(3) for n in range(54) if not torch.equal(before[epoch][n], after[epoch][n])]
+    assert changed == [(1, row)]
+    moved = before[1][row][:, 3:]
+    inside = 8 - 3 - 1  # rows that both boxes hold, whatever the padding
+    assert torch.equal(after[1][row][:, :inside], moved[:, :inside])
+    # A student learns something else from it, and `verify` says that this is not the policy's box.
+    ran = kdprune("distill", *SHORT, "--name", "edited", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    verified = kdprune("verify", CACHE, cwd=chain_copy)
+    assert verified.code == 1
+    assert f"the box of {data.ids[row]!r} is not the one its policy draws" in verified.out
+
+
+@pytest.mark.parametrize("side", ["left", "flip"])
+def test_every_side_of_the_box_counts(chain_copy: Path, side: str) -> None:
+    before = shown(chain_copy)
+
+    def edit(columns: dict[str, Any], view: int) -> None:
+        columns[side][:] = ~columns[side] if side == "flip" else columns[side] + 1
+
+    rewritten(chain_copy / CACHE, PART, edit)
+    n = len(Dataset.open(chain_copy / SUBSET).rows_of(0))
+    after = shown(chain_copy)
+    assert (after[:n] != before[:n]).flatten(1).any(1).all()
+    assert torch.equal(after[n:], before[n:])
+    if side == "flip":
+        assert torch.equal(after[:n], before[:n].flip(3))
+
+
+def test_soft_labels_edited_by_hand_change_the_student(chain_copy: Path, kdprune: Cli) -> None:
+    def edit(columns: dict[str, Any], view: int) -> None:
+        columns["logits"] *= np.float16(0.5)  # flatter, with the same largest
+
+    assert kdprune("distill", *SHORT, "--name", "before", cwd=chain_copy).code == 0
+    rewritten(chain_copy / CACHE, PART, edit)
+    assert kdprune("distill", *SHORT, "--name", "after", cwd=chain_copy).code == 0
+    assert not equal(weights(chain_copy / "students/before"), weights(chain_copy / "students/after"))
+
+
+@pytest.mark.parametrize("by", [1, -1, 7])
+def test_rows_that_are_shifted_are_refused(chain_copy: Path, kdprune: Cli, by: int) -> None:
+    """Every digest fits: only that the largest logit is the label's in another number of rows gives it away."""
+
+    def shift(columns: dict[str, Any], view: int) -> None:
+        for name in columns:
+            columns[name] = np.roll(columns[name], by, axis=0)
+
+    rewritten(chain_copy / CACHE, PART, shift)
+    ran = kdprune("distill", *SHORT, "--name", "shifted", cwd=chain_copy)
+    assert ran.code == 1
+    assert str(PART) in ran.err
+    assert "rows and logits do not belong together; run cache again" in ran.err
+    assert not (chain_copy / "students/shifted/manifest.json").exists()
+    assert kdprune("verify", CACHE, cwd=chain_copy).code == 1
+
+
+def test_rows_of_another_order_are_refused(chain_copy: Path, kdprune: Cli) -> None:
+    import pyarrow.parquet as pq
+
+    path = chain_copy / CACHE / cached.rows_path(0)
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(len(table)))[::-1]).cast(table.schema), path)
+    resealed(chain_copy / CACHE)
+    ran = kdprune("distill", *SHORT, "--name", "turned", cwd=chain_copy)
+    assert ran.code == 1
+    assert "is of another rows than its cache says" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(b"teacher", b"0" * 64), (b"policy", b"{}"), (b"format", b"2"), (b"rows", b""), (b"top1_correct", None)]
+)
+def test_metadata_that_does_not_fit_is_refused(chain_copy: Path, kdprune: Cli, key: bytes, value: bytes | None) -> None:
+    path = chain_copy / CACHE / PART
+    reader = pa.ipc.open_file(path)
+    batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+    metadata = {k: v for k, v in (reader.schema.metadata | {key: value}).items() if v is not None}
+    schema = reader.schema.with_metadata(metadata)
+    with pa.OSFile(str(path) + ".new", "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+    Path(str(path) + ".new").replace(path)
+    resealed(chain_copy / CACHE)
+    ran = kdprune("distill", *SHORT, "--name", "other", cwd=chain_copy)
+    assert ran.code == 1
+    assert str(PART) in ran.err
+    assert "unexpected" not in ran.err
+
+
+def files(folder: Path) -> Sequence[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_missing_or_shorter_file_is_refused(chain_copy: Path, kdprune: Cli) -> None:
+    for path in files(chain_copy / CACHE):
+        if path.name == "manifest.json":
+            continue
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1])
+        ran = kdprune("distill", *SHORT, "--name", "short", cwd=chain_copy)
+        assert (ran.code, path.name in ran.err) == (1, True)
+        path.unlink()
+        ran = kdprune("distill", *SHORT, "--name", "short", cwd=chain_copy)
+        assert (ran.code, f"{path.name} is missing" in ran.err) == (1, True)
+        path.write_bytes(kept)

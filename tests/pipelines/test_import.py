@@ -1,0 +1,284 @@
+"""pipelines/import_.py: image bytes arrive untouched, whatever the threads and the memory; an exact holdout; what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from kdprune_pipelines import import_
+from kdprune_pipelines._console import Outcome
+
+from kdprune_data import order
+from kdprune_data.errors import ExistsError, KdpruneError, SourceError, UsageError
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.manifest import Manifest
+
+Digests = Callable[[Path], dict[str, str]]
+Images = list[tuple[bytes, int]]
+
+
+def run(source: Path | str, out: Path, **settings: Any) -> Outcome:
+    return import_.run(import_.ImportConfig.from_dict({"source": str(source), "out": out} | settings))
+
+
+def refusal(kind: type[KdpruneError], source: Path | str, out: Path, **settings: Any) -> str:
+    with pytest.raises(kind) as caught:
+        run(source, out, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def cifar(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 1,500 training images of CIFAR-10 in a Parquet file, schema and class names as they were."""
+    whole = pq.ParquetFile(real_data / "cifar10" / "train.parquet")
+    rows = next(whole.iter_batches(1500))
+    path = tmp_path_factory.mktemp("cifar") / "train.parquet"
+    pq.write_table(pa.Table.from_batches([rows]), path, row_group_size=400)
+    return path
+
+
+def test_imported_bytes_are_those_of_the_source(cifar: Path, tmp_path: Path) -> None:
+    out = tmp_path / "train"
+    run(cifar, out, shard_samples=400)
+    read = Dataset.open(out)
+    source = pq.read_table(cifar)
+    metadata = json.loads((source.schema.metadata or {})[b"huggingface"])
+    assert list(read.classes) == metadata["info"]["features"]["label"]["names"]
+    rows = source.to_pylist()
+    by_key = {key_of(row, n): row for n, row in enumerate(rows)}
+    assert len(read) == len(by_key) == 1500
+    for n, key in enumerate(read.ids.tolist()):
+        assert read.image_bytes(n) == by_key[key]["image"]["bytes"]
+        assert read.labels[n] == by_key[key]["label"]
+    hashes = order.order_hash(read.uids, 0, "import")
+    assert (hashes[1:] > hashes[:-1]).all()
+    assert read.manifest.counts == {
+        "samples": 1500,
+        "ok": 1500,
+        "shards": 4,
+        "labelled": 1500,
+        "per_class": np.bincount([row["label"] for row in rows]).tolist(),
+    }
+
+
+def key_of(row: dict[str, Any], n: int) -> str:
+    return Path(row["image"]["path"]).stem if row["image"]["path"] else f"{n:08d}"
+
+
+@pytest.mark.parametrize("settings", [{"jobs": 4}, {"jobs": 4, "memory": 1_000_000}, {"jobs": 1, "memory": 1_000_000}])
+def test_threads_and_memory_change_no_byte(cifar: Path, tmp_path: Path, digests: Digests, settings: dict[str, int]) -> None:
+    """1.5 MB of images: above the megabyte they go through spool files."""
+    common = {"shard_samples": 111, "shard_bytes": 150_000, "holdout": "0.1"}
+    run(cifar, tmp_path / "one" / "train", jobs=1, **common)
+    run(cifar, tmp_path / "other" / "train", **(common | settings))
+    assert digests(tmp_path / "one") == digests(tmp_path / "other")
+    one, other = (Manifest.load(tmp_path / name / "train") for name in ("one", "other"))
+    assert (one.digest, one.content) == (other.digest, other.content)
+
+
+@pytest.mark.parametrize(("rate", "val"), [("0.1", 144), ("0.25", 360), ("0.001", 1), ("0.5", 719)])
+def test_holdout_is_exact_and_by_hash(tmp_path: Path, rate: str, val: int) -> None:
+    """Of 1,438 digits; the ones with the smallest holdout hashes."""
+    run("digits", tmp_path / "train", holdout=rate)
+    train, aside = Dataset.open(tmp_path / "train"), Dataset.open(tmp_path / "val")
+    assert (len(train), len(aside)) == (1438 - val, val)
+    assert order.order_hash(aside.uids, 0, "holdout").max() < order.order_hash(train.uids, 0, "holdout").min()
+    assert aside.manifest.name == "val"
+    assert list(aside.classes) == list(train.classes)
+
+
+def test_what_is_kept_of_train_does_not_depend_on_the_holdout(digits: Path, tmp_path: Path) -> None:
+    run("digits", tmp_path / "train")
+    whole, rest, aside = (Dataset.open(p) for p in (tmp_path / "train", digits / "data" / "train", digits / "data" / "val"))
+    set_apart = set(aside.ids.tolist())
+    assert [i for i in whole.ids if i not in set_apart] == rest.ids.tolist()
+    assert whole.manifest.content != rest.manifest.content
+
+
+def test_seeds_give_other_orders_of_the_same_content(tmp_path: Path) -> None:
+    run("digits", tmp_path / "a", seed=0, split="test")
+    run("digits", tmp_path / "b", seed=1, split="test")
+    a, b = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
+    assert (a.ids != b.ids).mean() > 0.9
+    assert a.manifest.content == b.manifest.content
+    assert a.manifest.digest != b.manifest.digest
+
+
+def test_packing_does_not_change_the_content(tmp_path: Path) -> None:
+    contents = set()
+    for n, settings in enumerate(({}, {"shard_samples": 7}, {"shard_bytes": 4096})):
+        contents.add(run("digits", tmp_path / str(n), split="test", **settings).facts["test"]["content"])
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("ending", ["", "x"])
+def test_checksums_hold_for_sha256sum(digits: Path, tmp_path: Path, ending: str) -> None:
+    folder = shutil.copytree(digits / "data" / "train", tmp_path / "train")
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {p.name for p in folder.iterdir() if p.suffix in (".tar", ".parquet")}
+    with (folder / "shard-000001.tar").open("ab") as file:
+        file.write(ending.encode())
+    done = subprocess.run(["sha256sum", "--strict", "--quiet", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if ending else 0), done.stderr
+    assert ("shard-000001.tar: FAILED" in done.stdout) == bool(ending)
+
+
+def test_class_folders_arrive_as_they_are(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (class_folders / "notes.txt").write_text("x")
+    run(class_folders, tmp_path / "train")
+    read = Dataset.open(tmp_path / "train")
+    assert list(read.classes) == sorted(p.name for p in class_folders.iterdir() if p.is_dir())
+    files = {p.relative_to(class_folders).with_suffix("").as_posix(): p for p in class_folders.rglob("*/*")}
+    assert sorted(read.ids) == sorted(files)
+    for n, key in enumerate(read.ids.tolist()):
+        assert read.image_bytes(n) == files[key].read_bytes()
+        assert read.classes[read.labels[n]] == files[key].parent.name
+    assert "left out: 1 file not named like an image ('notes.txt')" in capsys.readouterr().err
+
+
+# --- again
+
+
+def test_the_same_again_says_already_done(tmp_path: Path, digests: Digests, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run("digits", tmp_path / "train", holdout="0.1")
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert "already done" not in capsys.readouterr().err
+    again = run("digits", tmp_path / "train", holdout="0.10", jobs=4, memory=5_000_000)
+    assert "already done" in capsys.readouterr().err
+    assert again == first
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"seed": 1}, "(seed is 0, now 1)"),
+        ({"holdout": "0.2"}, "(holdout is 0.1, now 0.2)"),
+        ({"shard_samples": 100}, "(shard_samples is 10000, now 100)"),
+        ({"on_bad": "keep"}, "(on_bad is error, now keep)"),
+        ({"holdout": None}, "(holdout is 0.1, now null)"),
+    ],
+)
+def test_other_settings_are_refused_naming_the_difference(tmp_path: Path, digests: Digests, settings: dict[str, Any], differs: str) -> None:
+    run("digits", tmp_path / "train", holdout="0.1")
+    before = digests(tmp_path)
+    line = refusal(ExistsError, "digits", tmp_path / "train", **({"holdout": "0.1"} | settings))
+    assert line.startswith(f"{tmp_path / 'train'} was made with other settings {differs}: use --out {tmp_path / 'train-2'}")
+    assert digests(tmp_path) == before
+    run("digits", tmp_path / "train", overwrite=True, **({"holdout": "0.1"} | settings))
+    assert Manifest.load(tmp_path / "train").config[next(iter(settings))] == next(iter(settings.values()))
+
+
+def test_val_alone_is_made_again(tmp_path: Path, digests: Digests) -> None:
+    run("digits", tmp_path / "train", holdout="0.1")
+    before = digests(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    run("digits", tmp_path / "train", holdout="0.1")
+    assert digests(tmp_path) == before
+
+
+def test_another_source_of_the_same_name_is_refused(class_folders: Path, tmp_path: Path) -> None:
+    run(class_folders, tmp_path / "train")
+    shutil.rmtree(next(class_folders.iterdir()))
+    assert "source_files is" in refusal(ExistsError, class_folders, tmp_path / "train")
+
+
+# --- images that do not decode
+
+
+@pytest.fixture
+def with_bad(class_folders: Path) -> Path:
+    """Class folders with three files that are no images: cut short, empty, and text."""
+    whole = next(class_folders.rglob("*.png")).read_bytes()
+    for n, data in enumerate((whole[:60], b"", b"this is no image")):
+        (class_folders / "digit-0" / f"bad-{n}.png").write_bytes(data)
+    return class_folders
+
+
+def test_bad_images_stop_the_import_naming_the_file(with_bad: Path, tmp_path: Path) -> None:
+    line = refusal(SourceError, with_bad, tmp_path / "train")
+    assert line.startswith(str(with_bad / "digit-0" / "bad-"))
+    assert line.endswith("; mend or remove it, or pass --on-bad keep to carry it along unused")
+    assert not (tmp_path / "train").exists()
+
+
+def test_bad_images_are_kept_unused_when_asked(with_bad: Path, tmp_path: Path) -> None:
+    run(with_bad, tmp_path / "train", on_bad="keep")
+    read = Dataset.open(tmp_path / "train")
+    bad = {f"digit-0/bad-{n}": (with_bad / "digit-0" / f"bad-{n}.png").read_bytes() for n in range(3)}
+    assert {i: read.image_bytes(n) for n, i in enumerate(read.ids.tolist()) if not read.ok[n]} == bad
+    assert (read.manifest.counts["samples"], read.manifest.counts["ok"], len(read.usable())) == (33, 30, 30)
+
+
+def test_the_advice_of_the_refusal_can_be_followed(with_bad: Path, tmp_path: Path) -> None:
+    """It stopped; with --on-bad keep, as it said, the same command goes on."""
+    refusal(SourceError, with_bad, tmp_path / "train")
+    run(with_bad, tmp_path / "train", on_bad="keep")
+    assert Manifest.load(tmp_path / "train").counts["ok"] == 30
+
+
+def test_a_mended_source_can_be_imported(with_bad: Path, tmp_path: Path) -> None:
+    refusal(SourceError, with_bad, tmp_path / "train")
+    for n in range(3):
+        (with_bad / "digit-0" / f"bad-{n}.png").unlink()
+    run(with_bad, tmp_path / "train")
+    assert Manifest.load(tmp_path / "train").counts["samples"] == 30
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_another_split_must_have_the_classes_of_train(class_folders: Path, tmp_path: Path, split: str) -> None:
+    run(class_folders, tmp_path / "train")
+    shutil.rmtree(class_folders / "digit-3")
+    line = refusal(UsageError, class_folders, tmp_path / split, split=split)
+    assert f"the classes of this {split} split are not those of {tmp_path / 'train'}: 9 against 10, differing in digit-3" in line
+    assert not (tmp_path / split).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"split": "test", "holdout": "0.1"}, "--holdout goes with --split train, not test"),
+        ({"holdout": "1"}, "--holdout 1 sets 1,438 of 1,438 samples apart: train and val need at least one each"),
+        ({"holdout": "0"}, "fraction 0 is out of range"),
+        ({"split": "val"}, "digits has no split 'val'"),
+        ({"holdout": "0.0001"}, "--holdout 0.0001 sets 0 of 1,438 samples apart"),
+        ({"holdout": "0.9999"}, "--holdout 0.9999 sets 1,438 of 1,438 samples apart"),
+    ],
+)
+def test_wrong_usage_leaves_nothing(tmp_path: Path, settings: dict[str, str], says: str) -> None:
+    assert says in refusal(UsageError, "digits", tmp_path / "data" / "train", **settings)
+    assert not (tmp_path / "data").exists()
+
+
+def test_two_images_with_one_key_are_refused_naming_both(class_folders: Path, tmp_path: Path) -> None:
+    for name in ("a.b.png", "a_b.jpg"):
+        shutil.copy(next(class_folders.rglob("*.png")), class_folders / "digit-0" / name)
+    line = refusal(SourceError, class_folders, tmp_path / "train")
+    folder = class_folders / "digit-0"
+    assert line in {
+        f"{folder / x} and {folder / y} have the same key 'digit-0/a_b': rename one"
+        for x, y in (("a.b.png", "a_b.jpg"), ("a_b.jpg", "a.b.png"))
+    }
+
+
+def test_unlabelled_rows_are_imported_without_a_class(tmp_path: Path, small_images: Images) -> None:
+    rows = [{"bytes": data, "path": None} for data, _ in small_images[:10]]
+    labels = [None if n < 4 else n % 3 for n in range(10)]
+    pq.write_table(pa.table({"image": rows, "label": pa.array(labels, pa.int64())}), tmp_path / "x.parquet")
+    run(tmp_path / "x.parquet", tmp_path / "train")
+    read = Dataset.open(tmp_path / "train")
+    assert sorted(read.labels[:].tolist())[:4] == [-1] * 4
+    assert read.manifest.counts["labelled"] == 6
+    assert read.index["label"].null_count == 4

@@ -1,0 +1,384 @@
+"""`teacher`: what it writes, when it refuses, and that a killed run ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from kdprune_pipelines import _training
+from safetensors.torch import load_file, save_file
+
+from kdprune_data.errors import UsageError
+from kdprune_data.formats import dynamics
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.manifest import Manifest
+from kdprune_data.learn import models
+from kdprune_data.learn.stream import DrawnViews, Feed, Images, normalisation_of
+from kdprune_data.learn.views import Policy
+
+Cli = Callable[..., Any]
+TEACHER = Path("teachers/resnet8-s0")
+LINE = ["teacher", "--model", "resnet8", "--epochs", "3", "--batch", "16"]
+
+
+@pytest.fixture
+def workspace(chain: Path, tmp_path: Path) -> Path:
+    """The data of `chain`, and nothing made from it."""
+    shutil.copytree(chain / "data", tmp_path / "data")
+    return tmp_path
+
+
+# --- what it writes
+
+
+def test_the_folder(chain: Path) -> None:
+    folder = chain / TEACHER
+    manifest = Manifest.load(folder)
+    assert (manifest.kind, manifest.name) == ("model", "resnet8-s0")
+    assert [f.path for f in manifest.files] == [
+        *(f"dynamics/epoch-{n:03d}.parquet" for n in (1, 2, 3)),
+        "epoch-001.safetensors",
+        "epoch-003.safetensors",
+        "metrics.jsonl",
+        "model.safetensors",
+    ]
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        *(f.path for f in manifest.files),
+        "manifest.json",
+    }
+    assert manifest.counts == {"samples": 108, "steps": 21, "epochs": 3, "parameters": 75290}
+    assert manifest.content == Manifest.load(chain / "data/train").content
+    config = manifest.config
+    assert config["architecture"] == {"name": "resnet8", "classes": 10, "size": 8, "stem": "standard", "norm": "batch"}
+    assert (config["policy"]["kind"], config["policy"]["pad"], config["policy"]["flip"]) == ("pad-crop", 1, False)
+    assert config["recipe"] | {"epochs": 3, "batch": 16, "lr": 0.1, "seed": 0, "weight_decay": 5e-4} == config["recipe"]
+    assert not {"jobs", "device", "out", "name", "overwrite"} & {*config, *config["recipe"]}
+    assert manifest.ancestor("data")["digest"] == Manifest.load(chain / "data/train").digest
+
+
+def test_metrics(chain: Path) -> None:
+    rows = [json.loads(line) for line in (chain / TEACHER / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["steps"], row["samples"]) for row in rows] == [(1, 7, 108), (2, 14, 108), (3, 21, 108)]
+    assert set(rows[0]) == {"epoch", "steps", "samples", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"}
+    assert all(0 <= row["val_accuracy"] <= 1 and row["val_loss"] > 0 for row in rows)
+
+
+def test_the_last_epoch_is_the_model(chain: Path) -> None:
+    last, kept, early = (load_file(chain / TEACHER / f"{name}.safetensors") for name in ("model", "epoch-003", "epoch-001"))
+    assert all(torch.equal(last[k], kept[k]) for k in last)
+    assert not all(torch.equal(last[k], early[k]) for k in last)
+
+
+def test_the_normalisation_is_the_data_s(chain: Path) -> None:
+    data = Dataset.open(chain / "data/train")
+    assert Manifest.load(chain / TEACHER).config["normalisation"] == normalisation_of(Images(data)).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("asked", "epochs", "expected"),
+    [
+        ((), 1, [1]),
+        ((), 2, [1, 2]),
+        ((), 3, [1, 3]),
+        ((), 14, [1, 14]),
+        ((), 15, [2, 15]),
+        ((), 30, [3, 30]),
+        ((), 200, [20, 200]),
+        ((5, 2), 10, [2, 5, 10]),
+        ((10,), 10, [10]),
+    ],
+)
+def test_the_epochs_kept(asked: tuple[int, ...], epochs: int, expected: list[int]) -> None:
+    assert _training.kept_epochs(asked, epochs) == expected
+
+
+def test_an_epoch_after_the_end_cannot_be_kept() -> None:
+    with pytest.raises(UsageError, match="--keep-epochs 11 is after the end: training has 10 epochs"):
+        _training.kept_epochs((2, 11), 10)
+
+
+# --- dynamics
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_each_sample_once_per_epoch(chain: Path, epoch: int) -> None:
+    data = Dataset.open(chain / "data/train")
+    table = pq.read_table(chain / TEACHER / dynamics.path_of(epoch))
+    assert table.schema.equals(dynamics.SCHEMA)
+    assert np.array_equal(table["uid"].to_numpy(), data.uids)
+    columns = {name: table[name].to_numpy() for name in ("p_true", "logit_margin", "loss", "correct")}
+    assert all(np.isfinite(columns[name]).all() for name in ("p_true", "logit_margin", "loss"))
+    assert np.allclose(-np.log(columns["p_true"]), columns["loss"], atol=1e-4)
+    assert (columns["correct"] >= (columns["logit_margin"] > 0)).all()
+
+
+def test_the_first_batch_is_what_a_fresh_network_says_of_it(chain: Path) -> None:
+    """In train mode, of the augmented views of epoch 0, before any update."""
+    data = Dataset.open(chain / "data/train")
+    images = Images(data)
+    policy = Policy.from_dict(Manifest.load(chain / TEACHER).config["policy"])
+    batch = next(Feed(images, DrawnViews(data, policy), 16, 0).epoch(0))
+    net = models.build(models.resolve("resnet8", classes=10, size=8), seed=0)
+    with torch.no_grad():
+        z = net(normalisation_of(images).apply(batch.images))
+    said = dynamics.read(chain / TEACHER, 1, ["p_true", "logit_margin", "loss", "correct"])
+    own = z[torch.arange(16), batch.labels]
+    others = z.scatter(1, batch.labels[:, None], -torch.inf).max(1).values
+    assert said["logit_margin"][batch.rows] == pytest.approx((own - others).numpy(), abs=1e-4)
+    assert said["loss"][batch.rows] == pytest.approx(F.cross_entropy(z, batch.labels, reduction="none").numpy(), abs=1e-4)
+    assert said["p_true"][batch.rows] == pytest.approx(z.softmax(1)[torch.arange(16), batch.labels].numpy(), abs=1e-4)
+    assert said["correct"][batch.rows].tolist() == (z.argmax(1) == batch.labels).tolist()
+
+
+def test_train_accuracy_is_that_of_the_dynamics(chain: Path) -> None:
+    rows = [json.loads(line) for line in (chain / TEACHER / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        said = dynamics.read(chain / TEACHER, row["epoch"], ["correct", "loss"])
+        assert said["correct"].mean() == pytest.approx(row["train_accuracy"], abs=1e-6)
+        assert said["loss"].mean() == pytest.approx(row["train_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "recorded"), [(6, []), (7, [1]), (13, [1]), (15, [1, 2])])
+def test_steps_are_exact_and_half_an_epoch_is_not_recorded(workspace: Path, kdprune: Cli, steps: int, recorded: list[int]) -> None:
+    ran = kdprune("teacher", "--model", "resnet8", "--steps", steps, "--batch", 16, cwd=workspace)
+    assert ran.code == 0, ran.err
+    manifest = Manifest.load(workspace / TEACHER)
+    assert manifest.counts["steps"] == steps
+    assert [f.path for f in manifest.files if f.path.startswith("dynamics")] == [dynamics.path_of(n) for n in recorded]
+
+
+# --- again, and otherwise
+
+
+def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Callable[[Path], dict[str, str]]) -> None:
+    manifest = (chain_copy / TEACHER / "manifest.json").read_bytes()
+    before = digests(chain_copy)
+    for more in ([], ["--jobs", "1"], ["--device", "cpu"]):  # these change no result
+        ran = kdprune(*LINE, *more, cwd=chain_copy)
+        assert ran.code == 0
+        assert "already done" in ran.err
+    assert (chain_copy / TEACHER / "manifest.json").read_bytes() == manifest
+    assert digests(chain_copy) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--epochs", "4"], "recipe.epochs is 3, now 4"),
+        (["--steps", "21"], "recipe.steps is null, now 21"),
+        (["--batch", "32"], "recipe.batch is 16, now 32"),
+        (["--lr", "0.2"], "recipe.lr is 0.1, now 0.2"),
+        (["--weight-decay", "0"], "recipe.weight_decay is 0.0005, now 0.0"),
+        (["--flip", "on"], "policy.flip is false, now true"),
+        (["--norm", "group"], "architecture.norm is batch, now group"),
+        (["--size", "16"], "architecture.size is 8, now 16"),
+        (["--keep-epochs", "2"], "keep_epochs is [1, 3], now [2, 3]"),
+        (["--data", "data/test"], "data is"),
+    ],
+)
+def test_other_settings_are_refused(
+    chain_copy: Path, kdprune: Cli, digests: Callable[[Path], dict[str, str]], change: list[str], said: str
+) -> None:
+    before = digests(chain_copy)
+    ran = kdprune(*LINE, *change, cwd=chain_copy)
+    assert ran.code == 2
+    assert "was made with other settings" in ran.err
+    assert said in ran.err
+    assert digests(chain_copy) == before
+
+
+def test_overwrite_replaces(chain_copy: Path, kdprune: Cli) -> None:
+    ran = kdprune(*LINE, "--epochs", "1", "--overwrite", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    manifest = Manifest.load(chain_copy / TEACHER)
+    assert manifest.counts["epochs"] == 1
+    assert not (chain_copy / TEACHER / "epoch-003.safetensors").exists()
+    assert kdprune("verify", TEACHER, cwd=chain_copy).code == 0
+
+
+def test_another_seed_is_another_teacher(chain_copy: Path, kdprune: Cli) -> None:
+    assert kdprune(*LINE, "--seed", "1", cwd=chain_copy).code == 0
+    a, b = (load_file(chain_copy / f"teachers/resnet8-s{n}/model.safetensors") for n in (0, 1))
+    assert not torch.equal(a["linear.weight"], b["linear.weight"])
+
+
+def test_unlabelled_data_teaches_nothing(workspace: Path, chain: Path, kdprune: Cli, unlabelled: Path) -> None:
+    assert kdprune("index", unlabelled, "--out", "data/bare", cwd=workspace).code == 0
+    ran = kdprune(*LINE, "--data", "data/bare", cwd=workspace)
+    assert (ran.code, "without a label: a teacher learns from labels" in ran.err) == (2, True)
+
+
+def test_validation_data_of_other_classes_is_refused(workspace: Path, kdprune: Cli, class_folders: Path) -> None:
+    assert kdprune("import", class_folders, "--out", "other", cwd=workspace).code == 0
+    ran = kdprune(*LINE, "--val", "other", cwd=workspace)
+    assert ran.code == 1
+    assert "use data with the same classes" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (["--lr", "1e30"], 1, "the loss is not a number any more in epoch 1: lower --lr"),
+        (["--lr", "nan"], 2, "--lr"),
+        (["--lr", "inf"], 2, "--lr"),
+        (["--weight-decay", "nan"], 2, "--weight-decay"),
+        (["--mean", "0.5", "--std", "nan"], 2, "--std"),
+        (["--mean", "0.5"], 2, "--mean and --std go together"),
+        (["--epochs", "0"], 2, "--epochs 0 adopts a teacher"),
+        (["--keep-epochs", "9"], 2, "--keep-epochs 9 is after the end"),
+        (["--data", "nowhere"], 2, "nowhere does not exist"),
+    ],
+)
+def test_refusals(workspace: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:
+    ran = kdprune(*LINE, *change, cwd=workspace)
+    assert ran.code == code
+    assert said in ran.err
+    assert not (workspace / TEACHER / "manifest.json").exists()
+    assert code == 1 or not (workspace / "teachers").exists()
+
+
+# --- killed
+
+
+def test_a_killed_training_ends_with_the_same_bytes(workspace: Path, started: Cli, digests: Callable[[Path], dict[str, str]]) -> None:
+    """SIGKILL in the middle; the same command goes on from the checkpoint; both in processes of their own."""
+    line = ["teacher", "--model", "resnet8", "--epochs", "20", "--batch", "16"]
+    often = "import kdprune_data.learn.loop; kdprune_data.learn.loop.SAVE_EVERY = -1.0"
+    running = started(*line, cwd=workspace, first=often)
+    folder = workspace / TEACHER
+    while not (folder / "last.ckpt/state-000003.safetensors").exists():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+    first = (folder / dynamics.path_of(1)).stat().st_mtime_ns
+    again = f"{often}\nfrom kdprune_cli.main import call\nassert call({[*line, '--out', 'undisturbed']}) == 0"
+    continued = started(*line, cwd=workspace, first=again)
+    out, err = continued.communicate()
+    assert continued.returncode == 0, err
+    assert (folder / dynamics.path_of(1)).stat().st_mtime_ns == first  # it went on, and did not begin again
+    assert digests(folder) == digests(workspace / "undisturbed")
+    assert Manifest.load(folder).digest == Manifest.load(workspace / "undisturbed").digest
+    assert not (folder / "last.ckpt").exists()
+    assert not (folder / ".partial").exists()
+
+
+# --- adopted
+
+
+def some_weights(chain: Path, path: Path) -> dict[str, torch.Tensor]:
+    found = load_file(chain / TEACHER / "model.safetensors")
+    if path.suffix == ".safetensors":
+        save_file(found, path)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in found.items()}}, path)
+    return found
+
+
+@pytest.mark.parametrize("name", ["given.safetensors", "given.pth"])
+def test_weights_are_adopted(chain: Path, workspace: Path, kdprune: Cli, name: str) -> None:
+    given = some_weights(chain, workspace / name)
+    ran = kdprune("teacher", "--model", "resnet8", "--weights", name, "--epochs", 0, cwd=workspace)
+    assert ran.code == 0, ran.err
+    made = load_file(workspace / TEACHER / "model.safetensors")
+    assert made.keys() == given.keys()
+    assert all(torch.equal(made[k], given[k]) for k in made)
+    manifest = Manifest.load(workspace / TEACHER)
+    assert manifest.counts | {"steps": 0, "epochs": 0} == manifest.counts
+    assert [f.path for f in manifest.files] == ["metrics.jsonl", "model.safetensors"]
+    (row,) = [json.loads(line) for line in (workspace / TEACHER / "metrics.jsonl").read_text().splitlines()]
+    trained = json.loads((chain / TEACHER / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["val_accuracy"] == pytest.approx(trained["val_accuracy"])
+    assert row["val_loss"] == pytest.approx(trained["val_loss"], abs=1e-5)
+
+
+def test_an_adopted_teacher_has_no_dynamics_and_no_early_epoch(chain: Path, workspace: Path, kdprune: Cli) -> None:
+    some_weights(chain, workspace / "given.safetensors")
+    assert kdprune("teacher", "--model", "resnet8", "--weights", "given.safetensors", "--epochs", 0, cwd=workspace).code == 0
+    ran = kdprune("score", cwd=workspace)
+    assert ran.code == 0, ran.err
+    assert Manifest.load(workspace / "scores/resnet8-s0").config["columns"] == ["el2n", "grand", "entropy", "margin", "confidence", "loss"]
+    assert "keeps no early epoch: el2n and grand are read from its final weights" in ran.err
+    assert "no training dynamics" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "code", "said"),
+    [
+        ("nowhere.pth", ["--epochs", "0"], 2, "does not exist"),
+        ("given.pth", [], 2, "--epochs 0 adopts a teacher"),
+        ("given.pth", ["--epochs", "0", "--model", "resnet14"], 1, "does not fit this model"),
+        ("text.pth", ["--epochs", "0"], 1, "cannot be read"),
+        ("text.safetensors", ["--epochs", "0"], 1, "cannot be read as safetensors"),
+    ],
+)
+def test_weights_that_cannot_be_adopted(
+    chain: Path, workspace: Path, kdprune: Cli, weights: str, more: list[str], code: int, said: str
+) -> None:
+    some_weights(chain, workspace / "given.pth")
+    for name in ("text.pth", "text.safetensors"):
+        (workspace / name).write_text("these are no weights")
+    ran = kdprune("teacher", "--model", "resnet8", "--weights", weights, *more, cwd=workspace)
+    assert ran.code == code
+    assert said in ran.err
+    assert not list(workspace.glob("teachers/*/manifest.json"))
+
+
+# --- functions of the user's own
+
+OWN = """\
+from pathlib import Path
+from torch import nn
+Path("{marker}").touch()
+def tiny(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+"""
+
+
+@pytest.fixture
+def own(workspace: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """A module in the workspace, of a name of its own, and the file that stands once it was imported."""
+    name = f"own_{abs(hash(request.node.name))}"
+    (workspace / f"{name}.py").write_text(OWN.format(marker="it-ran"))
+    return f"{name}:tiny", workspace / "it-ran"
+
+
+def test_a_function_named_on_the_line_is_run(workspace: Path, kdprune: Cli, own: tuple[str, Path]) -> None:
+    function, marker = own
+    name = f"{function.replace(':', '-')}-s0"
+    ran = kdprune("teacher", "--model", function, "--epochs", 1, "--batch", 32, cwd=workspace)
+    assert ran.code == 0, ran.err
+    assert marker.exists()
+    assert Manifest.load(workspace / "teachers" / name).config["architecture"]["name"] == function
+    # Whoever gets this folder runs nothing by reading it, unless they name the function too.
+    marker.unlink()
+    for line in (["score"], ["cache", "data/train", "--views", "1"], ["evaluate", f"teachers/{name}"]):
+        ran = kdprune(*line, cwd=workspace)
+        assert (ran.code, "let it run" in ran.err) == (2, True), ran.err
+    assert kdprune("verify", f"teachers/{name}", cwd=workspace).code == 0
+    assert not marker.exists()
+    for line in (["score"], ["cache", "data/train", "--views", "1"], ["evaluate", f"teachers/{name}"]):
+        ran = kdprune(*line, "--code", function, cwd=workspace)
+        assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(("command", "key"), [("teacher", "model"), ("distill", "model"), ("score", "code"), ("cache", "code")])
+def test_a_function_named_in_a_file_is_not_run(chain_copy: Path, kdprune: Cli, command: str, key: str) -> None:
+    (chain_copy / "quietly_there.py").write_text(OWN.format(marker="it-ran"))
+    (chain_copy / "kdprune.toml").write_text(f'[{command}]\n{key} = "quietly_there:tiny"\n')
+    ran = kdprune(command, cwd=chain_copy)
+    assert ran.code == 2
+    assert f"functions are run only when named with --{key}" in ran.err
+    assert not (chain_copy / "it-ran").exists()

@@ -1,0 +1,331 @@
+"""sources/: keys from paths, Parquet in its several shapes, class folders, digits; each refused in one line where it cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kdprune_data import images, order
+from kdprune_data.errors import KdpruneError, SourceError, UsageError
+from kdprune_data.sources import Item, SourceOptions, open_source
+from kdprune_data.sources.base import key_of
+
+Images = list[tuple[bytes, int]]
+
+
+def items(where: Path | str, **options: Any) -> list[Item]:
+    return list(open_source(str(where), SourceOptions(**{"split": "train"} | options)))
+
+
+def refusal(where: Path | str, kind: type[KdpruneError], **options: Any) -> str:
+    def read() -> None:
+        source = open_source(str(where), SourceOptions(**{"split": "train"} | options))
+        assert list(source) is not source.classes
+
+    with pytest.raises(kind) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- keys
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("a.jpg", "a"),
+        ("cats/a.b.c.jpg", "cats/a_b_c"),
+        ("v1.0/a.jpg", "v1.0/a"),
+        ("no-extension", "no-extension"),
+        (".jpg", "_jpg"),
+        ("a..jpg", "a_"),
+        ("ünder/猫.png", "%C3%BCnder/%E7%8C%AB"),
+        ("a b/c d.png", "a b/c d"),
+        ("tab\there.png", "tab%09here"),
+        ("100%.png", "100%"),
+        ("cats//a.jpg", "cats/a"),
+        ("./a.jpg", "a"),
+        ("x" * 90 + ".jpg", "x" * 90),
+        ("bad-\udce4.jpg", "bad-%E4"),  # a file name that is no UTF-8, as Python hands it out
+    ],
+)
+def test_key_of(path: str, key: str) -> None:
+    assert key_of(path) == key
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("x" * 91 + ".jpg", "which is 91 bytes long: at most 90 fit; rename the file"),
+        ("ü" * 16 + ".jpg", "which is 96 bytes long: at most 90 fit; rename the file"),
+        ("", "which is empty; rename the file"),
+        ("..", "rename"),
+        ("../a.jpg", "rename"),
+        ("cats/../../a.jpg", "rename"),
+        ("/data/a.jpg", "rename"),
+    ],
+)
+def test_a_path_that_makes_no_key_is_refused(path: str, says: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        key_of(path)
+    assert repr(path) in str(caught.value)
+    assert says in str(caught.value)
+
+
+# --- Parquet
+
+
+def parquet(
+    path: Path, rows: list[Any], labels: list[Any], *, names: list[str] | None = None, columns: tuple[str, str] = ("image", "label")
+) -> Path:
+    """A Parquet file of images (dicts of bytes and path, or plain bytes) and labels; `names` in a ClassLabel, as Hugging Face writes it."""
+    image, label = columns
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if isinstance(rows[0], dict) else pa.binary()
+    made = pa.table({image: pa.array(rows, kind), label: pa.array(labels)})
+    if names is not None:
+        features = {image: {"_type": "Image"}, label: {"_type": "ClassLabel", "names": names}}
+        made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(made, path)
+    return path
+
+
+def rows_of(found: Images, paths: list[str | None] | None = None) -> list[dict[str, Any]]:
+    return [{"bytes": data, "path": paths[n] if paths else None} for n, (data, _) in enumerate(found)]
+
+
+def test_hugging_face_parquet(tmp_path: Path, small_images: Images) -> None:
+    some = small_images[:20]
+    names = [f"digit {n}" for n in range(10)]
+    path = parquet(tmp_path / "x.parquet", rows_of(some), [label for _, label in some], names=names)
+    source = open_source(str(path), SourceOptions("train"))
+    assert (source.name, len(source), list(source.classes)) == ("parquet", 20, names)
+    assert [(i.key, i.data, i.label) for i in source] == [(f"{n:08d}", data, label) for n, (data, label) in enumerate(some)]
+    assert [i.origin for i in source][3] == f"{path} row 3"
+
+
+@pytest.mark.parametrize(
+    ("paths", "keys"),
+    [
+        (["a.b.jpg", "ü.jpg", "cats/c.png"], ["a_b", "%C3%BC", "cats/c"]),
+        (["a.jpg", None, "c.jpg"], None),
+        (["a.jpg", "a.jpg", "c.jpg"], None),
+        (["/data/a.jpg", "/data/b.jpg", "/data/c.jpg"], None),  # not relative: the keys would point outside a tar
+        (["../a.jpg", "b.jpg", "c.jpg"], None),
+    ],
+)
+def test_keys_from_the_path_column(tmp_path: Path, small_images: Images, paths: list[str | None], keys: list[str] | None) -> None:
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images[:3], paths), [0, 1, 0])
+    assert [i.key for i in items(path)] == (keys or ["00000000", "00000001", "00000002"])
+
+
+@pytest.mark.parametrize("column", ["image", "img", "jpg", "png"])
+@pytest.mark.parametrize("label", ["label", "labels", "cls", "fine_label"])
+def test_a_binary_column_and_usual_names(tmp_path: Path, small_images: Images, column: str, label: str) -> None:
+    path = parquet(tmp_path / "x.parquet", [data for data, _ in small_images[:3]], [2, 0, 2], columns=(column, label))
+    found = items(path)
+    assert [i.data for i in found] == [data for data, _ in small_images[:3]]
+    assert [i.label for i in found] == [2, 0, 2]
+    assert list(open_source(str(path), SourceOptions("train")).classes) == ["class 0", "class 1", "class 2"]
+
+
+def test_columns_by_name(tmp_path: Path, small_images: Images) -> None:
+    path = parquet(tmp_path / "x.parquet", [data for data, _ in small_images[:3]], ["dog", "cat", "dog"], columns=("picture", "animal"))
+    assert "which column holds the image? name it with --image-column: picture, animal" in refusal(path, UsageError)
+    assert "which column holds the label? name it with --label-column: picture, animal" in refusal(path, UsageError, image_column="picture")
+    found = items(path, image_column="picture", label_column="animal")
+    assert [i.label for i in found] == [1, 0, 1]
+    assert "has no column 'pic': it has picture, animal" in refusal(path, UsageError, image_column="pic", label_column="animal")
+    assert "column 'animal' is string: not images" in refusal(path, UsageError, image_column="animal", label_column="animal")
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+def test_rows_without_a_label(tmp_path: Path, small_images: Images, names: list[str] | None) -> None:
+    """Null, or -1 as Hugging Face's ClassLabel says it."""
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images[:4]), [2, None, -1, 0], names=names)
+    assert [i.label for i in items(path)] == [2, None, None, 0]
+    assert len(open_source(str(path), SourceOptions("train")).classes) == 3
+
+
+def test_string_labels_are_sorted_into_classes(tmp_path: Path, small_images: Images) -> None:
+    labels = ["dog", "cat", None, "ant", "dog"]
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images[:5]), labels)
+    assert list(open_source(str(path), SourceOptions("train")).classes) == ["ant", "cat", "dog"]
+    assert [i.label for i in items(path)] == [2, 1, None, 0, 2]
+
+
+def test_a_folder_of_parquet_files_is_one_source(tmp_path: Path, small_images: Images) -> None:
+    whole = parquet(tmp_path / "whole.parquet", rows_of(small_images[:9]), [n % 3 for n in range(9)])
+    for n in range(3):
+        part = slice(3 * n, 3 * n + 3)
+        parquet(tmp_path / "parts" / f"part-{n}.parquet", rows_of(small_images[part]), [k % 3 for k in range(9)][part])
+    assert [i[:3] for i in items(tmp_path / "parts")] == [i[:3] for i in items(whole)]
+    parquet(tmp_path / "parts" / "part-9.parquet", [b"x"], [0])
+    assert "has other columns than" in refusal(tmp_path / "parts", SourceError)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "names", "kind", "says"),
+    [
+        (
+            [{"bytes": None, "path": "a.jpg"}],
+            [0],
+            ["a"],
+            SourceError,
+            "row 0 has no image bytes: only Parquet that holds the images themselves",
+        ),
+        ([b""], [0], None, SourceError, "row 0 has no image bytes"),
+        ([b"x", b"y"], [0, 5], ["a", "b"], SourceError, "row 1 has label 5, outside 0 to 1 ('a', 'b'): mend it or drop the row"),
+        ([b"x"], [-2], ["a"], SourceError, "row 0 has label -2, outside 0 to 0 ('a')"),
+        ([b"x"], [0.5], None, UsageError, "which column holds the label?"),
+        ([{"bytes": b"x", "path": ""}], [0], None, SourceError, "empty"),
+    ],
+)
+def test_parquet_that_cannot_be_imported(
+    tmp_path: Path, rows: list[Any], labels: list[Any], names: list[str] | None, kind: type[KdpruneError], says: str
+) -> None:
+    assert says in refusal(parquet(tmp_path / "x.parquet", rows, labels, names=names), kind)
+
+
+def test_a_parquet_file_without_rows_or_of_something_else(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), tmp_path / "x.parquet")
+    assert "has no rows: nothing to import" in refusal(tmp_path / "x.parquet", SourceError)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not")
+    assert "cannot be read as Parquet" in refusal(tmp_path / "x.parquet", SourceError)
+
+
+def test_the_research_data_is_read(real_data: Path) -> None:
+    source = open_source(str(real_data / "photos" / "train.parquet"), SourceOptions("train"))
+    found = list(source)
+    assert len(found) == len(source) == 100
+    assert sorted(i.label for i in found if i.label is not None) == list(range(100))
+    assert len(source.classes) == 100
+    assert sum(len(i.data) for i in found) <= source.bytes
+
+
+# --- class folders
+
+
+def test_class_folders(class_folders: Path, small_images: Images) -> None:
+    source = open_source(str(class_folders), SourceOptions("train"))
+    found = list(source)
+    assert list(source.classes) == sorted(p.name for p in class_folders.iterdir())
+    assert len(source) == len(found) == 30
+    assert source.bytes == sum(len(i.data) for i in found)
+    assert [i.key for i in found] == sorted(i.key for i in found)
+    for item in found:
+        data, label = small_images[int(item.key[-3:])]
+        assert (item.data, source.classes[item.label or 0], item.key) == (data, f"digit-{label}", f"digit-{label}/{item.key[-3:]}")
+        assert Path(item.origin).read_bytes() == data
+
+
+def test_what_is_passed_over_in_class_folders(class_folders: Path) -> None:
+    before = [i[:3] for i in items(class_folders)]
+    (class_folders / ".git").mkdir()
+    (class_folders / ".git" / "a.jpg").write_bytes(b"x")
+    (class_folders / "digit-0" / ".hidden.jpg").write_bytes(b"x")
+    (class_folders / "digit-0" / "notes.txt").write_bytes(b"x")
+    (class_folders / "empty").mkdir()
+    (class_folders / "README.md").write_bytes(b"x")
+    source = open_source(str(class_folders), SourceOptions("train"))
+    assert [i[:3] for i in source] == before
+    assert source.left_out == ["README.md", "digit-0/notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["A.JPG", "a.Jpeg", "deep/er/a.png", "ü.webp", "a.b.c.jpg"])
+def test_extensions_depths_and_names(tmp_path: Path, small_images: Images, name: str) -> None:
+    path = tmp_path / "x" / "cat" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(small_images[0][0])
+    (found,) = items(tmp_path / "x")
+    assert (found.key, found.label) == (key_of(f"cat/{name}"), 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        ([], "holds no image (.jpg .jpeg .png .webp): give a folder with a folder per class"),
+        (["a.txt"], "holds no image"),
+        (["cat/a.jpg", "b.jpg", "c.jpg"], "b.jpg is in no class folder (2 such): move images into CLASS/ folders"),
+    ],
+)
+def test_a_folder_that_cannot_be_imported(tmp_path: Path, make: list[str], says: str) -> None:
+    root = tmp_path / "x"
+    root.mkdir()
+    for name in make:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"x")
+    assert says in refusal(root, SourceError)
+
+
+def test_a_class_whose_name_is_no_utf8_is_refused(tmp_path: Path, small_images: Images) -> None:
+    folder = os.fsencode(tmp_path) + b"/x/gr\xfcn"
+    os.makedirs(folder)  # noqa: PTH103 - bytes
+    Path(os.fsdecode(folder), "a.png").write_bytes(small_images[1][0])
+    assert "is not UTF-8: rename" in refusal(tmp_path / "x", SourceError)
+
+
+# --- digits
+
+
+def test_digits_are_split_by_hash_four_to_one() -> None:
+    from sklearn.datasets import load_digits
+
+    train, test = items("digits"), items("digits", split="test")
+    assert (len(train), len(test)) == (1438, 359)  # floor(0.2 * 1797 + 1/2) = 359
+    keys = [i.key for i in train] + [i.key for i in test]
+    assert sorted(keys) == [f"{n:08d}" for n in range(1797)]
+    hashes = order.order_hash(order.uids_of(keys), 0, "digits")
+    assert hashes[1438:].max() < hashes[:1438].min()
+    theirs = load_digits()
+    for item in (*train[::50], *test[::50]):
+        n = int(item.key)
+        grey = images.decode(item.data)
+        assert np.array_equal(grey, np.repeat(np.rint(theirs.images[n] * 255 / 16).astype(np.uint8)[:, :, None], 3, 2))
+        assert item.label == theirs.target[n]
+
+
+def test_digits_have_no_val_split() -> None:
+    assert refusal("digits", UsageError, split="val") == ("digits has no split 'val': import train (with --holdout 0.1 for val) or test")
+
+
+# --- which source
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere", "does not exist: give a Parquet file, a folder of class folders, or the word digits"),
+        ("x.tar", "is a tar: use `kdprune-data index"),
+        ("x.zip", "is not a kind that can be imported: give a Parquet file"),
+    ],
+)
+def test_what_is_no_source(tmp_path: Path, name: str, says: str) -> None:
+    if name != "nowhere":
+        (tmp_path / name).write_bytes(b"x")
+    assert says in refusal(tmp_path / name, UsageError)
+
+
+def test_a_source_describes_itself_without_places(class_folders: Path, tmp_path: Path, small_images: Images) -> None:
+    """The same source elsewhere is the same; another file, or another size, is not."""
+
+    def said(where: Path) -> dict[str, Any]:
+        return open_source(str(where), SourceOptions("train")).describe()
+
+    moved = shutil.copytree(class_folders, tmp_path / "moved")
+    assert said(moved) == said(class_folders)
+    next(moved.rglob("*.png")).write_bytes(b"x")
+    assert said(moved) != said(class_folders)
+    one = parquet(tmp_path / "a" / "x.parquet", rows_of(small_images[:3]), [0, 1, 0])
+    other = parquet(tmp_path / "b" / "x.parquet", rows_of(small_images[:3]), [0, 1, 0])
+    assert said(one) == said(other)
+    assert str(tmp_path) not in json.dumps(said(one))
