@@ -84,7 +84,7 @@ def call(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors become one line on stderr."""
     debug = "--debug" in arguments
     try:
-        group.main(args=arguments, prog_name="kdprune-data", standalone_mode=False)
+        group.main(args=arguments or ["--help"], prog_name="kdprune-data", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:

@@ -19,6 +19,8 @@ from PIL import Image
 from kdprune_data.errors import SourceError
 
 EXTENSIONS = ("jpg", "png", "webp")
+MEMBERS = (*EXTENSIONS, "jpeg")
+"""What the image members of shards are called; `jpeg` only in shards that others wrote."""
 DECODER = "libjpeg-turbo, Pillow"
 PIXEL_LIMIT = 178_956_970
 """Largest image decoded, in pixels: Pillow's own limit against decompression bombs."""

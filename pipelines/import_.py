@@ -10,7 +10,6 @@ Writes: `shard-*.tar index.parquet sizes.json SHA256SUMS README.md manifest.json
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from kdprune_data.formats import dataset
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.shards import Limits, Sample, ShardWriter
+from kdprune_data.images import EXTENSIONS
 from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import Item, Source, SourceOptions, open_source
 from kdprune_data.sources.shuffle import Shuffle, chunks
@@ -119,7 +119,7 @@ def _write(config: ImportConfig, builds: dict[str, Build], source: Source, rate:
     shuffle.collect(track(source, "read", total=len(source)))
     threshold = _threshold(shuffle.uids, config.seed, rate)
     limits = Limits(config.shard_samples, config.shard_bytes)
-    kinds: dict[str, Counter[str]] = {split: Counter() for split in builds}
+    kinds: dict[str, set[str]] = {split: set() for split in builds}
     manifests = {split: build.done for split, build in builds.items() if build.done is not None}
     with ExitStack() as stack:
         writers = {
@@ -132,7 +132,7 @@ def _write(config: ImportConfig, builds: dict[str, Build], source: Source, rate:
                 split = "val" if aside else config.split
                 if split in writers:
                     sample = Sample(item.key, item.data, item.label, item.origin)
-                    kinds[split][sample.extension] += 1
+                    kinds[split].add(sample.extension)
                     writers[split].add(sample)
         indices = {split: (writer.finish(), writer.names) for split, writer in writers.items()}
     for split, (index, names) in indices.items():
@@ -156,11 +156,10 @@ def _set_aside(chunk: Sequence[Item], seed: int, threshold: int | None) -> list[
     return [bool(aside) for aside in hashes <= np.uint64(threshold)]
 
 
-def _seal(build: Build, split: str, index: pa.Table, names: list[str], classes: Sequence[str], kinds: Counter[str]) -> Manifest:
+def _seal(build: Build, split: str, index: pa.Table, names: list[str], classes: Sequence[str], kinds: set[str]) -> Manifest:
     facts = dataset.write_index(build, index, classes, names)
-    image = max(kinds, key=lambda kind: kinds[kind])
-    labelled = facts.counts["labelled"] == facts.counts["samples"]
-    build.write("README.md", dataset_card(Card(split, split, image, labelled), facts.counts, classes).encode())
+    card = Card(split, split, sorted(kinds & set(EXTENSIONS)), facts.counts["labelled"] > 0)
+    build.write("README.md", dataset_card(card, facts.counts, classes).encode())
     return build.seal(counts=facts.counts, classes=list(classes), content=facts.content, side=["README.md"])
 
 

@@ -23,11 +23,9 @@ from kdprune_data.formats import dataset, manifest, tar
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.shards import check_image
-from kdprune_data.images import EXTENSIONS
+from kdprune_data.images import MEMBERS
 from kdprune_data.sources import foreign
 from kdprune_data.sources.base import listing
-
-IMAGE_MEMBERS = (*EXTENSIONS, "jpeg")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def _read(config: IndexConfig) -> pa.Table:
         found = list(track(pool.map(_read_shard, work), "index", total=len(work), unit="shard"))
     table = pa.concat_tables(found).combine_chunks()
     if not len(table):
-        raise SourceError(f"no sample with an image in {some(p.name for p in config.shards)}: expected members .{' .'.join(IMAGE_MEMBERS)}")
+        raise SourceError(f"no sample with an image in {some(p.name for p in config.shards)}: expected members .{' .'.join(MEMBERS)}")
     return table
 
 
@@ -108,7 +106,7 @@ def _read_shard(work: tuple[int, Path, IndexConfig]) -> pa.Table:
 
 
 def _image_member(record: tar.Record, path: Path) -> tar.Member:
-    found = [record.members[e] for e in IMAGE_MEMBERS if e in record.members]
+    found = [record.members[e] for e in MEMBERS if e in record.members]
     if len(found) != 1:
         have = "no" if not found else "more than one"
         raise SourceError(f"{path} sample {record.key!r} has {have} image among its members .{' .'.join(record.members)}: expected one")

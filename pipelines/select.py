@@ -10,6 +10,7 @@ Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset r
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -23,13 +24,13 @@ from numpy.typing import NDArray
 from kdprune_data import order, selectors
 from kdprune_data.config import Config, option
 from kdprune_data.errors import MismatchError, SourceError, UsageError, some, unknown
-from kdprune_data.formats import dataset, subset
+from kdprune_data.formats import dataset, subset, tar
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.formats.shards import Limits
-from kdprune_data.images import extension
+from kdprune_data.images import MEMBERS
 from kdprune_data.selectors.base import BALANCES, ENDS
 from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import foreign
@@ -236,12 +237,23 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
 
 def _card(build: Build, parent: Dataset, facts: dataset.Facts) -> str:
     identity = build.identity
-    image = extension(parent.image_bytes(int(parent.usable()[0]))) or "jpg"
-    labelled = facts.counts["labelled"] == facts.counts["samples"]
+    shards = [] if identity.config["ids_only"] else [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
     how = f"by {identity.config['method']}, fraction {identity.config['frac']}, seed {identity.config['seed']}"
     note = f"Kept from {parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`) {how}."
-    card = Card(identity.name, parent.manifest.config.get("split", "train"), image, labelled, note)
+    card = Card(identity.name, _split(parent.manifest.as_input("data")), _image_members(shards), facts.counts["labelled"] > 0, note)
     return dataset_card(card, facts.counts, parent.classes)
+
+
+def _image_members(shards: Sequence[Path]) -> list[str]:
+    """The extensions of the image members in tars: the copied records name them as the parent's maker did."""
+    found = {e for path in shards for record in tar.records(tar.map_file(path), path.name) for e in record.members}
+    return sorted(found & set(MEMBERS))
+
+
+def _split(described: Mapping[str, Any]) -> str:
+    """The split of the data set that a subset was chosen from in the end."""
+    parents = [one for one in described["inputs"] if one["role"] == "data"]
+    return _split(parents[0]) if parents else str(described["config"].get("split", "train"))
 
 
 def _outcome(folder: Path, made: Manifest) -> Outcome:

@@ -45,7 +45,7 @@ def run(config: VerifyConfig) -> Outcome:
         with bar("verify", total=None, unit="B") as progress:
             faults += check.files(config.artefact, manifest, progress.update)
         with bar("look inside", total=None) as progress:
-            faults += _inside(config.artefact, manifest, progress.update)
+            faults += _inside(config.artefact, manifest, progress.update, damaged=bool(faults))
     except (FormatError, SourceError) as error:
         faults.append(Fault(str(config.artefact), str(error)))
     facts = {"folder": str(config.artefact), "ok": not faults, "faults": [str(f) for f in faults]}
@@ -60,8 +60,8 @@ def run(config: VerifyConfig) -> Outcome:
     return Outcome(config.artefact, facts, text, ok=False)
 
 
-def _inside(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
-    """What the files say, by kind. An error while reading is a fault like any other."""
+def _inside(folder: Path, manifest: Manifest, tick: Tick, *, damaged: bool) -> Iterator[Fault]:
+    """What the files say, by kind. An error while reading is a fault like any other; of a damaged file the fault is known."""
     checks = {
         "dataset": check.data,
         "subset": check.data,
@@ -73,6 +73,9 @@ def _inside(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
         yield from checks[manifest.kind](folder, manifest, tick)
     except KdpruneError as error:
         yield Fault(str(folder), str(error))
+    except Exception:  # of a damaged file any library can make anything
+        if not damaged:
+            raise
     extra = sorted(_unlisted(folder, manifest))
     if extra:
         yield Fault(str(folder / extra[0]), f"{count(len(extra), 'file')} in the folder that the manifest does not list")

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,21 @@ def class_folders(tmp_path: Path, small_images: list[tuple[bytes, int]]) -> Path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return root
+
+
+@pytest.fixture(scope="session")
+def kill_midway() -> Callable[[str, Path, int], None]:
+    """Run a Python program in another process and kill -9 it as soon as `folder` holds so many tars: a real interruption."""
+
+    def run(program: str, folder: Path, tars: int) -> None:
+        with subprocess.Popen([sys.executable, "-c", program]) as process:
+            while process.poll() is None and len(list(folder.glob("*.tar"))) < tars:
+                time.sleep(0.002)
+            process.kill()
+        assert process.returncode == -9, "it ended before it could be killed"
+        assert not (folder / "manifest.json").exists()
+
+    return run
 
 
 @pytest.fixture(scope="session")

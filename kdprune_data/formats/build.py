@@ -2,7 +2,7 @@
 
 1. `Build.begin` looks at the folder. Nothing there: start. The same thing unfinished: continue. The same thing finished: `done` holds its
    manifest. Something else: refuse, saying what differs (or replace it, when asked to).
-2. `create` writes one file beside its name, hashes it while it is written, renames it, and notes it in `.partial/parts/`.
+2. `create` writes one file beside its name, hashes it while it is written, notes it in `.partial/parts/`, and renames it.
    `finished` tells of a file that an earlier, interrupted run left whole.
 3. `seal` writes the manifest and removes `.partial/`. Until then nobody takes the folder for an artefact.
 """
@@ -85,6 +85,8 @@ class Build:
 
         Raises ExistsError when the folder holds anything else, or another process is writing it.
         """
+        if file := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
+            raise ExistsError(f"{file} is a file, not a folder: choose another --out")
         if not _is_ours(folder) and folder.exists() and any(folder.iterdir()):
             raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
         if overwrite and folder.exists():
@@ -143,8 +145,11 @@ class Build:
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+        made, noted = File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {})
+        self._note(made, noted)  # before the file has its name: so that none stands there that nothing tells of
         beside.replace(final)
-        self._note(File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {}))
+        with self._mutex:
+            self._parts[path] = (made, noted)
 
     def write(self, path: str, data: bytes, facts: Mapping[str, Any] | None = None) -> None:
         """Write one small file."""
@@ -162,15 +167,13 @@ class Build:
     def _note(self, file: File, facts: dict[str, Any]) -> None:
         note = {"path": file.path, "bytes": file.bytes, "sha256": file.sha256, "facts": facts}
         _write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))
-        with self._mutex:
-            self._parts[file.path] = (file, facts)
 
     def keep_only(self, paths: Iterable[str]) -> None:
         """Drop finished files that are no part of this artefact: left by an interrupted run that was asked for more."""
         wanted = set(paths)
         for path in [p for p in self._parts if p not in wanted]:
-            (self.folder / PARTIAL / "parts" / (quote(path, safe="") + ".json")).unlink(missing_ok=True)
             (self.folder / path).unlink(missing_ok=True)
+            (self.folder / PARTIAL / "parts" / (quote(path, safe="") + ".json")).unlink(missing_ok=True)
             del self._parts[path]
 
     def files(self) -> list[File]:

@@ -6,7 +6,6 @@ Each check yields `Fault`s, naming the file and, where one can be told, the samp
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Fault:
 def files(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
     """Every file is there, with its bytes and its sha256; those outside too, where a digest was recorded. `tick` gets bytes read."""
     for file in (*manifest.files, *manifest.side, *manifest.outside):
-        path = Path(os.path.normpath(folder / file.path))
+        path = m.place(folder, file.path)
         if not path.is_file():
             yield Fault(str(path), "is missing")
             continue
@@ -125,7 +124,7 @@ def _sample(found: Dataset, path: Path, row: int, record: tar.Record, buffer: ta
     member = record.members.get("cls")
     text = "" if member is None else bytes(buffer[member.data : member.data + member.size]).decode("ascii", "replace").strip()
     label = int(found.labels[row])
-    if text != ("" if label < 0 else str(label)):
+    if (int(text) if text.isdigit() else -1 if not text else None) != label:
         yield Fault(str(path), f"sample {found.ids[row]!r}: its .cls member is {text!r}, the index says {label}")
     try:
         shape: tuple[int, ...] = images.decode(data).shape[:2]
@@ -146,10 +145,14 @@ def _side_files(found: Dataset) -> Iterator[Fault]:
         yield Fault(str(sizes), "is not JSON")
     sums = found.folder / "SHA256SUMS"
     listed = {f.path: f.sha256 for f in found.manifest.files}
+    wanted = {name for name in listed if name.endswith((".tar", ".parquet"))}
     for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
+        wanted.discard(name)
         if listed.get(name) != digest:
             yield Fault(str(sums), f"the line of {name!r} is not the manifest's digest")
+    if wanted:
+        yield Fault(str(sums), f"has no line of {some(sorted(wanted))}")
 
 
 def _selection(found: Dataset) -> Iterator[Fault]:
@@ -183,11 +186,23 @@ def scores(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
             hard = (part.schema.field(name).metadata or {}).get(b"hard", b"").decode()
             if hard != SCORES[name].hard:
                 yield Fault(str(folder / file.path), f"says that the hard end of {name} is {hard!r}, it is {SCORES[name].hard!r}")
+        yield from _vectors(folder, file.path, len(part))
         tick(len(part))
     if len(ids) != manifest.counts["samples"] or len(set(ids)) != len(ids):
         yield Fault(
             str(folder), f"has {len(ids):,} rows of {len(set(ids)):,} ids, the manifest says {manifest.counts['samples']:,} samples"
         )
+
+
+def _vectors(folder: Path, part: str, samples: int) -> Iterator[Fault]:
+    """The embeddings and logits beside a part: a row for each of its samples."""
+    for what in ("embedding", "logits"):
+        path = folder / f"{what}-{part[5:11]}.arrow"
+        if path.is_file():
+            reader = table.ipc_open(path)
+            rows = sum(len(reader.get_batch(n)) for n in range(reader.num_record_batches))
+            if rows != samples:
+                yield Fault(str(path), f"has {rows:,} rows, {part} has {samples:,}")
 
 
 def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
@@ -197,8 +212,13 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
     for shard in cache.shards:
         rows = cache.rows(shard)
         total += len(rows)
+        labels, first = dataset.labels_of(rows["label"]), min(p[1] for p in cache.parts if p[0] == 0)
+        correct = np.zeros(len(rows), np.int32)
+        if labels.max(initial=-1) >= len(manifest.classes):
+            yield Fault(str(folder / logits.rows_path(shard)), f"has label {labels.max()}, of {len(manifest.classes)} classes")
         for view in range(cache.views):
             found = logits.read_view(cache, shard, view)
+            correct += logits.top1(found.logits, labels) & (view <= first)
             ids = rows["id"].to_pylist()
             where = f"{folder} view {view} of shard {shard}"
             values = found.logits.astype(np.float32)
@@ -206,6 +226,10 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
             if len(off):
                 yield Fault(where, f"the logits of {some(ids[n] for n in off[:3])} are not finite with largest value 0")
             tick(len(rows))
+        wrong = np.flatnonzero(correct != rows["top1_correct"].to_numpy())
+        if len(wrong):
+            where = str(folder / logits.rows_path(shard))
+            yield Fault(where, f"the top1_correct of {some(ids[n] for n in wrong[:4])} is not what its first {first + 1} views give")
     if total != manifest.counts["samples"]:
         yield Fault(str(folder), f"has {total:,} rows, the manifest says {manifest.counts['samples']:,} samples")
 
@@ -221,3 +245,5 @@ def training_dynamics(folder: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(str(path), "does not hold each sample exactly once")
         if not all(np.isfinite(epoch[name]).all() for name in ("p_true", "logit_margin", "loss")):
             yield Fault(str(path), "holds a number that is not finite")
+        elif not np.allclose(np.exp(-epoch["loss"]), epoch["p_true"], atol=1e-5):
+            yield Fault(str(path), "p_true and loss do not agree")

@@ -119,7 +119,7 @@ class Dataset:
     def shard_paths(self) -> list[Path]:
         """The tar of each shard number, inside the folder or outside."""
         if self.manifest.outside:
-            return [Path(os.path.normpath(self.folder / f.path)) for f in self.manifest.outside]
+            return [m.place(self.folder, f.path) for f in self.manifest.outside]
         return [self.folder / f.path for f in self.manifest.files if f.path.endswith(".tar")]
 
     @cached_property

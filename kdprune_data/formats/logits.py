@@ -231,26 +231,32 @@ def read_view(cache: LogitCache, shard: int, view: int) -> ViewRows:
     or when its labels are not where they were (a shifted join)."""
     first, last, _ = next(p for p in cache.parts if p[2] == shard and p[0] <= view <= p[1])
     path = cache.folder / view_path(first, last, shard)
-    reader = table.ipc_open(path)
-    metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-    rows = cache.rows(shard)
-    labels = dataset.labels_of(rows["label"])
-    batch = reader.get_batch(view - first)
-    flat = batch.column("logits")
-    logits = flat.flatten().to_numpy().reshape(len(batch), -1)
-    top, left, height, width, flip = (np.asarray(batch.column(c).to_numpy(zero_copy_only=False)) for c in (*GEOMETRY, "flip"))
-    found = ViewRows(top, left, height, width, flip, logits)
-    _check_view(path, metadata, cache, rows, len(batch))
-    counted = int(top1(logits, labels).sum())
-    if counted != json.loads(metadata["top1_correct"])[view - first]:
+    reader, rows = table.ipc_open(path), cache.rows(shard)
+    try:
+        metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+        _check_view(path, metadata, cache, rows)
+        found = _view_rows(reader.get_batch(view - first))
+        recorded = int(json.loads(metadata["top1_correct"])[view - first])
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
+        raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
+    if len(found.logits) != len(rows):
+        raise FormatError(f"{path} has {len(found.logits):,} rows, {rows_path(shard)} has {len(rows):,}: make or fetch it again")
+    counted = int(top1(found.logits, dataset.labels_of(rows["label"])).sum())
+    if counted != recorded:
         raise FormatError(
-            f"{path}: in view {view} the largest logit is the label's in {counted:,} rows, when it was written in "
-            f"{json.loads(metadata['top1_correct'])[view - first]:,}: rows and logits do not belong together; run cache again"
+            f"{path}: in view {view} the largest logit is the label's in {counted:,} rows, when it was written in {recorded:,}: "
+            f"rows and logits do not belong together; run cache again"
         )
     return found
 
 
-def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows: pa.Table, length: int) -> None:
+def _view_rows(batch: pa.RecordBatch) -> ViewRows:
+    logits = batch.column("logits").flatten().to_numpy().reshape(len(batch), -1)
+    top, left, height, width, flip = (np.asarray(batch.column(c).to_numpy(zero_copy_only=False)) for c in (*GEOMETRY, "flip"))
+    return ViewRows(top, left, height, width, flip, logits)
+
+
+def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows: pa.Table) -> None:
     expected = {
         "format": "1",
         "rows": rows_digest(rows["id"].to_pylist(), dataset.digests_of(rows["sha256"])),
@@ -260,5 +266,3 @@ def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows
     for key, value in expected.items():
         if metadata.get(key) != value:
             raise FormatError(f"{path} is of another {key} than its cache says: run cache again, or fetch it again")
-    if length != len(rows):
-        raise FormatError(f"{path} has {length:,} rows, {rows_path(0)[:5]} say {len(rows):,}: run cache again, or fetch it again")

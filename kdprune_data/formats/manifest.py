@@ -160,6 +160,11 @@ def _check_inside(manifest: Path, path: str) -> None:
         raise FormatError(f"{manifest} lists a file outside the folder ({path!r}): fetch it again from where you trust it")
 
 
+def place(folder: Path, path: str) -> Path:
+    """Where a listed file lies. Links on the way to the folder are followed first, as they were when `..` was written."""
+    return Path(os.path.normpath(folder.resolve() / path)) if path.startswith("..") else folder / path
+
+
 def content_of(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
     """What a data set is, on any machine and in any packing: the sha256 (hex) of its sorted `id NUL sha256 NUL label LF` lines.
 

@@ -46,10 +46,11 @@ def read(path: Path, schema: pa.Schema | None = None, columns: Sequence[str] | N
     """Read a Parquet file, as one chunk per column. Raises FormatError when it is unreadable or not of the schema asked for."""
     try:
         table = pq.ParquetFile(path, memory_map=True).read(columns=list(columns) if columns else None)
-    except (pa.ArrowException, OSError) as error:
+        if columns is not None:
+            table = table.select(list(columns))
+        table.validate(full=True)  # text that is not UTF-8 would fail later, as something else
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise FormatError(f"{path} cannot be read as Parquet ({first_line(error)}): make or fetch it again") from None
-    if columns is not None:
-        table = table.select(list(columns))
     if schema is not None:
         wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
         check(path, table.schema, wanted)

@@ -16,21 +16,34 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. `image`: the image members' extension; `split`: train, val or test; `note`: a sentence on where it came from."""
+    """What a card says. `split`: train, val or test; `images`: the image members' extensions (none: the shards lie elsewhere, and no loader
+    is told of them); `labelled`: some samples have a class; `note`: a sentence on where it came from."""
 
     title: str
     split: str
-    image: str
+    images: Sequence[str]
     labelled: bool
     note: str = ""
 
 
 def dataset_card(card: Card, counts: Mapping[str, Any], classes: Sequence[str]) -> str:
     """The text of a card; counts and classes are the manifest's."""
-    columns = [("__key__", "string"), ("__url__", "string"), (card.image, "image")] + ([("cls", "int64")] if card.labelled else [])
-    features = "\n".join(f"  - name: {json.dumps(name)}\n    dtype: {kind}" for name, kind in columns)
     shown = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
     note = f"\n\n{card.note}" if card.note else ""
+    return f"""{_head(card) if card.images else ""}# {card.title}
+
+{counts["samples"]:,} samples in {counts["shards"]:,} WebDataset shards, {len(classes):,} classes: {shown}.{note}
+
+`sha256sum -c SHA256SUMS` checks the shards without any tool of ours; `kdprune-data verify .` checks everything, and
+`kdprune-data info .` tells where it came from.
+"""
+
+
+def _head(card: Card) -> str:
+    """The YAML. A sample that lacks one of the columns has null there."""
+    columns = [("__key__", "string"), ("__url__", "string"), *((image, "image") for image in card.images)]
+    columns += [("cls", "int64")] if card.labelled else []
+    features = "\n".join(f"  - name: {json.dumps(name)}\n    dtype: {kind}" for name, kind in columns)
     return f"""---
 configs:
 - config_name: default
@@ -41,10 +54,4 @@ dataset_info:
   features:
 {features}
 ---
-# {card.title}
-
-{counts["samples"]:,} samples in {counts["shards"]:,} WebDataset shards, {len(classes):,} classes: {shown}.{note}
-
-`sha256sum -c SHA256SUMS` checks the shards without any tool of ours; `kdprune-data verify .` checks everything, and
-`kdprune-data info .` tells where it came from.
 """

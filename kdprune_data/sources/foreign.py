@@ -31,7 +31,7 @@ class Named:
 def read_scores(path: Path, column: str) -> Named:
     """The column of a Parquet file, by its id column (`id`, `key`, `uid` or `__key__`).
 
-    Raises UsageError when a column is missing, SourceError when it is not numbers.
+    Raises UsageError when a column is missing, SourceError when it is not numbers or a sample has two.
     """
     schema = _schema(path)
     if column not in schema.names:
@@ -41,9 +41,13 @@ def read_scores(path: Path, column: str) -> Named:
         raise SourceError(f"{path}: column {column!r} is {kind}: scores must be numbers")
     names = _id_column(path, schema)
     rows = table.read(path, columns=[names, column])
-    values = np.asarray(rows[column].cast(pa.float64()).fill_null(float("nan")).to_numpy(), np.float64)
+    uids, listed = _uids(rows[names])
+    twice = order.first_repeat(uids)
+    if twice:
+        raise SourceError(f"{path} lists {listed[twice[0]]!r} more than once: give each sample one score")
+    values = np.asarray(rows[column].cast(pa.float64(), safe=False).fill_null(float("nan")).to_numpy(), np.float64)
     metadata = {k.decode(): v.decode() for k, v in (schema.field(column).metadata or {}).items()}
-    return Named(*_uids(rows[names]), values, metadata)
+    return Named(uids, listed, values, metadata)
 
 
 def read_ids(path: Path) -> Named:

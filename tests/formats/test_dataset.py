@@ -295,6 +295,7 @@ def test_a_table_comes_back_and_others_read_it(tmp_path: Path) -> None:
     assert table.read(path, made.schema, columns=["label", "id"]).column_names == ["label", "id"]
     assert np.array_equal(dataset.digests_of(table.read(path)["sha256"]), digests)
     assert np.array_equal(dataset.digests_of(made["sha256"].slice(7, 5)), digests[7:12])
+    assert np.array_equal(dataset.digests_of(made["sha256"].chunk(0).slice(7, 5)), digests[7:12])
     assert np.array_equal(dataset.labels_of(table.read(path)["label"]), labels)
     with duckdb.connect() as base:
         ids, scores, kept, numbers = zip(*base.execute(f"SELECT * FROM '{path}'").fetchall(), strict=True)

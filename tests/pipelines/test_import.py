@@ -148,6 +148,21 @@ def test_class_folders_arrive_as_they_are(class_folders: Path, tmp_path: Path, c
 # --- again
 
 
+def test_an_import_that_was_killed_goes_on(tmp_path: Path, digests: Digests, kill_midway: Callable[[str, Path, int], None]) -> None:
+    """Its finished shards stand, and the end is what it would have been."""
+    settings = {"shard_samples": 3, "holdout": "0.1", "jobs": 2}
+    out = tmp_path / "a" / "train"
+    values = settings | {"source": "digits", "out": str(out)}
+    kill_midway(f"from kdprune_pipelines import import_; import_.run(import_.ImportConfig.from_dict({values}))", out, 40)
+    with pytest.raises(UsageError, match="is unfinished: run the command that makes it again, it continues"):
+        Dataset.open(out)
+    before = {p.name: p.stat().st_mtime_ns for p in sorted(out.glob("*.tar"))[:20]}
+    run("digits", out, **settings)
+    run("digits", tmp_path / "b" / "train", **settings)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
 def test_the_same_again_says_already_done(tmp_path: Path, digests: Digests, capsys: pytest.CaptureFixture[str]) -> None:
     first = run("digits", tmp_path / "train", holdout="0.1")
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

@@ -260,7 +260,7 @@ def test_outputs_that_overflow_are_refused(chain_copy: Path, kdprune: Cli) -> No
         assert ran.code == 1
         assert "finite number" in ran.err
         assert "unexpected" not in ran.err
-        shutil.rmtree(chain_copy / "out")
+        shutil.rmtree(chain_copy / "out", ignore_errors=True)  # a refusal before anything was made leaves nothing
 
 
 def test_logits_that_float16_cannot_hold_are_clipped(chain_copy: Path, kdprune: Cli) -> None:

@@ -132,11 +132,12 @@ def test_the_first_batch_is_what_a_fresh_network_says_of_it(chain: Path) -> None
     with torch.no_grad():
         z = net(normalisation_of(images).apply(batch.images))
     said = dynamics.read(chain / TEACHER, 1, ["p_true", "logit_margin", "loss", "correct"])
-    own = z[torch.arange(16), batch.labels]
+    every = torch.arange(len(z))
+    own = z[every, batch.labels]
     others = z.scatter(1, batch.labels[:, None], -torch.inf).max(1).values
     assert said["logit_margin"][batch.rows] == pytest.approx((own - others).numpy(), abs=1e-4)
     assert said["loss"][batch.rows] == pytest.approx(F.cross_entropy(z, batch.labels, reduction="none").numpy(), abs=1e-4)
-    assert said["p_true"][batch.rows] == pytest.approx(z.softmax(1)[torch.arange(16), batch.labels].numpy(), abs=1e-4)
+    assert said["p_true"][batch.rows] == pytest.approx(z.softmax(1)[every, batch.labels].numpy(), abs=1e-4)
     assert said["correct"][batch.rows].tolist() == (z.argmax(1) == batch.labels).tolist()
 
 
