@@ -21,7 +21,7 @@ from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError, some
 from kdprune_data.formats import dataset, manifest, tar
 from kdprune_data.formats.build import Build, Identity
-from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.manifest import File, Manifest
 from kdprune_data.formats.shards import check_image
 from kdprune_data.images import MEMBERS
 from kdprune_data.sources import foreign
@@ -67,7 +67,7 @@ def run(config: IndexConfig) -> Outcome:
         with ThreadPoolExecutor(config.jobs) as pool:
             digests = list(track(pool.map(manifest.sha256_file, config.shards), "hash", total=len(config.shards), unit="shard"))
         facts = dataset.write_index(build, index, classes, dataset.shard_names(config.shards))
-        outside = dataset.outside(config.shards, digests=digests)
+        outside = [File(str(p.absolute()), p.stat().st_size, d) for p, d in zip(config.shards, digests, strict=True)]
         return _outcome(folder, build.seal(counts=facts.counts, classes=classes, content=facts.content, outside=outside))
 
 

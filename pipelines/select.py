@@ -10,13 +10,14 @@ Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset r
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from kdprune_pipelines import _workspace as workspace
 from kdprune_pipelines._console import Outcome, count, megabytes, say, track
 from numpy.typing import NDArray
@@ -24,13 +25,12 @@ from numpy.typing import NDArray
 from kdprune_data import order, selectors
 from kdprune_data.config import Config, option
 from kdprune_data.errors import MismatchError, SourceError, UsageError, some, unknown
-from kdprune_data.formats import dataset, subset, tar
+from kdprune_data.formats import dataset, subset
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.formats.shards import Limits
-from kdprune_data.images import MEMBERS
 from kdprune_data.selectors.base import BALANCES, ENDS
 from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import foreign
@@ -222,7 +222,7 @@ def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDAr
     facts = dataset.write_index(build, index, parent.classes, names)
     if picked is not None and picked.order is not None and (len(candidates) <= RANKING_LIMIT or config.ranks):
         subset.write_ranking(build, parent.ids[candidates].tolist(), scores, picked.order)
-    build.write("README.md", _card(build, parent, facts).encode())
+    build.write("README.md", _card(build, parent, index, facts).encode())
     counts = facts.counts | {"candidates": len(candidates), "kept": len(rows)}
     side = ["README.md", subset.RANKING]
     return build.seal(counts=counts, classes=parent.classes, content=facts.content, side=side, outside=outside)
@@ -235,19 +235,14 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
     return [File(path, f.bytes, f.sha256) for path, f in zip(paths, known, strict=True)]
 
 
-def _card(build: Build, parent: Dataset, facts: dataset.Facts) -> str:
+def _card(build: Build, parent: Dataset, index: pa.Table, facts: dataset.Facts) -> str:
     identity = build.identity
-    shards = [] if identity.config["ids_only"] else [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
+    shards = [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
     how = f"by {identity.config['method']}, fraction {identity.config['frac']}, seed {identity.config['seed']}"
     note = f"Kept from {parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`) {how}."
-    card = Card(identity.name, _split(parent.manifest.as_input("data")), _image_members(shards), facts.counts["labelled"] > 0, note)
+    images = subset.image_members(shards, index)
+    card = Card(identity.name, _split(parent.manifest.as_input("data")), images, facts.counts["labelled"] > 0, note)
     return dataset_card(card, facts.counts, parent.classes)
-
-
-def _image_members(shards: Sequence[Path]) -> list[str]:
-    """The extensions of the image members in tars: the copied records name them as the parent's maker did."""
-    found = {e for path in shards for record in tar.records(tar.map_file(path), path.name) for e in record.members}
-    return sorted(found & set(MEMBERS))
 
 
 def _split(described: Mapping[str, Any]) -> str:

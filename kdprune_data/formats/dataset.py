@@ -7,8 +7,7 @@ and pruning is a copy of byte ranges. `docs/formats.md`, "Data set".
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from kdprune_data.errors import FormatError, MismatchError, SourceError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats import table
 from kdprune_data.formats.build import Build
-from kdprune_data.formats.manifest import File, Manifest
+from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.tar import Maps
 
 INDEX = "index.parquet"
@@ -249,14 +248,6 @@ def shard_names(paths: Sequence[Path]) -> list[str]:
     """What `sizes.json` calls the shards: by their files' names, with the shard's number before it where several files share one."""
     names = [p.name for p in paths]
     return names if len(set(names)) == len(names) else [f"{n}/{name}" for n, name in enumerate(names)]
-
-
-def outside(paths: Iterable[Path], *, relative_to: Path | None = None, digests: Iterable[str | None] | None = None) -> list[File]:
-    """Manifest entries for files that are read where they lie. Digests are computed unless given."""
-    listed = list(paths)
-    known = list(digests) if digests is not None else [m.sha256_file(p) for p in listed]
-    shown = [os.path.relpath(p, relative_to) if relative_to else str(p.absolute()) for p in listed]
-    return [File(s, p.stat().st_size, d) for s, p, d in zip(shown, listed, known, strict=True)]
 
 
 def image_digest(data: bytes) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from kdprune_data.formats import dataset, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.shards import Limits
+from kdprune_data.images import MEMBERS
 
 SCHEMA = pa.schema(
     [
@@ -105,6 +107,20 @@ def index_of(parent: Dataset, made: Plan) -> pa.Table:
         at = rows.schema.get_field_index(name)
         rows = rows.set_column(at, rows.schema.field(at), pa.array(values, rows.schema.field(at).type))
     return rows.combine_chunks()
+
+
+def image_members(paths: Sequence[Path], index: pa.Table) -> list[str]:
+    """The extensions of the image members, sorted: from the names in the headers before them, as the parent's maker wrote them.
+
+    paths: the shards that the index's rows are in.
+    """
+    found: set[str] = set()
+    shards, starts = index["shard"].to_numpy(), index["image_offset"].to_numpy() - tar.BLOCK
+    for number, path in enumerate(paths):
+        flat = np.frombuffer(tar.map_file(path), np.uint8)
+        names = flat[starts[shards == number][:, None] + np.arange(100)].tobytes()
+        found |= {names[at : at + 100].rstrip(b"\0").rpartition(b".")[2].decode("ascii", "replace") for at in range(0, len(names), 100)}
+    return sorted(found & set(MEMBERS))
 
 
 def write_selection(build: Build, index: pa.Table, scores: NDArray[np.float32] | None, weights: NDArray[np.float32] | None) -> None:

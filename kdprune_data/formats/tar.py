@@ -99,10 +99,8 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
             raise _truncated(name, at, data + padded(size), size_end)
         start = at if start < 0 else start
         if kind == b"x":
-            try:
-                long_name, long_size = _pax(bytes(buffer[data : data + size]), long_name)
-            except ValueError:
-                raise SourceError(f"{name} is damaged: the PAX header at byte {at:,} does not parse; fetch it again") from None
+            path, long_size = _pax(bytes(buffer[data : data + size]), f"{name}: the PAX header at byte {at:,}")
+            long_name = path or long_name
         elif kind == b"L":
             long_name = _text(bytes(buffer[data : data + size]))
         elif kind in (b"g", b"K", b"5"):
@@ -117,9 +115,8 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
                 f"{name}: member {_header_name(head)!r} is {what}: only regular files are read; pack the set again without it"
             )
         at = data + padded(size)
-    else:
-        if any(buffer[at:size_end]):
-            raise _truncated(name, at, at + BLOCK, size_end)
+    else:  # no block of zeros met: what is missing may be whole members
+        raise SourceError(f"{name} is truncated: it ends at byte {size_end:,} without a tar's end mark; fetch it again")
     _check_sums(buffer, headers, name)
     return found
 
@@ -155,28 +152,22 @@ def _header_name(head: bytes) -> str:
     return f"{prefix}/{_text(head[:100])}" if prefix else _text(head[:100])
 
 
-def _pax(body: bytes, name: str | None) -> tuple[str | None, int | None]:
-    """The path and size that a PAX header overrides: records `LENGTH KEY=VALUE LF`. Raises ValueError when it is not made of those."""
-    size = None
+def _pax(body: bytes, where: str) -> tuple[str | None, int | None]:
+    """The path and size that a PAX header overrides: records `LENGTH KEY=VALUE LF`. `where` it stands, for messages."""
+    path, size = None, None
     at = 0
     while at < len(body):
-        space = body.index(b" ", at)
-        end = at + _decimal(body[at:space])
-        if not space < end <= len(body):
-            raise ValueError(body)
-        key, _, value = body[space + 1 : end - 1].partition(b"=")
+        digits = body[at:].partition(b" ")[0]
+        end = at + (int(digits) if digits.isdigit() else 0)
+        key, _, value = body[at + len(digits) + 1 : end - 1].partition(b"=")
+        if not at + len(digits) < end <= len(body) or (key == b"size" and not value.isdigit()):
+            raise SourceError(f"{where} does not parse: the tar is damaged; fetch it again")
         if key == b"path":
-            name = value.decode("utf-8", "surrogateescape")
+            path = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
-            size = _decimal(value)
+            size = int(value)
         at = end
-    return name, size
-
-
-def _decimal(digits: bytes) -> int:
-    if not digits.isdigit():
-        raise ValueError(digits)
-    return int(digits)
+    return path, size
 
 
 def _safe(member_name: str, tar: str) -> str:

@@ -28,7 +28,7 @@ class FolderSource:
         found: list[tuple[str, int]] = []
         others: list[str] = []
         for here, folders, files in os.walk(self.root, followlinks=True):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_loop(here, f))
             for file in files:
                 path = Path(here, file)
                 relative = path.relative_to(self.root).as_posix()
@@ -80,6 +80,12 @@ class FolderSource:
         for relative, _ in self._files:
             path = self.root / relative
             yield Item(key_of(relative), path.read_bytes(), labels[relative.split("/", 1)[0]], str(path))
+
+
+def _is_loop(here: str, folder: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    path = Path(here, folder)
+    return path.is_symlink() and Path(here).resolve().is_relative_to(path.resolve())
 
 
 def _is_utf8(name: str) -> bool:

@@ -258,7 +258,8 @@ def test_a_number_as_text_would_be_taken_for_one(chain_copy: Path, kdprune: Cli)
 
 def test_settings_are_used_and_overridden(chain_copy: Path, kdprune: Cli) -> None:
     (chain_copy / "kdprune.toml").write_text(
-        '[select]\nfrac = 0.25\nids-only = true\n\n[distill]\nmodel = "resnet14"\nsteps = 2\nalpha = 0.5\nkeep_epochs = [1]\nlogits = "none"\n'
+        "[select]\nfrac = 0.25\nids-only = true\n\n"
+        '[distill]\nmodel = "resnet14"\nsteps = 2\nalpha = 0.5\nkeep_epochs = [1]\nlogits = "none"\n'
     )
     assert kdprune("select", cwd=chain_copy).code == 0
     made = Manifest.load(chain_copy / "subsets/random-0.25-s0")

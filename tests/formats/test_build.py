@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kdprune_data.errors import ExistsError, FormatError, KdpruneError, SourceError, UsageError
+from kdprune_data.errors import ExistsError, FormatError, SourceError, UsageError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.build import Build, Identity
 from kdprune_data.formats.manifest import Manifest

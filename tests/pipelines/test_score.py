@@ -173,8 +173,8 @@ def test_what_does_not_decode_has_no_row(tmp_path: Path, kdprune: Cli, class_fol
         assert ran.code == 0, ran.err
     data = Dataset.open(tmp_path / "data/train")
     assert column(tmp_path / SCORED, "id").tolist() == data.ids[data.ok].tolist()
-    rows = [pq.read_table(path)["id"].to_pylist() for path in sorted((tmp_path / "logits/train--resnet8-s0/rows").iterdir())]
-    assert sum(rows, []) == data.ids[data.ok].tolist()
+    cached = [pq.read_table(path)["id"].to_pylist() for path in sorted((tmp_path / "logits/train--resnet8-s0/rows").iterdir())]
+    assert [one for part in cached for one in part] == data.ids[data.ok].tolist()
     assert len(data) - data.ok.sum() == 3
 
 

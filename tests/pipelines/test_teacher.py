@@ -267,7 +267,7 @@ def test_a_killed_training_ends_with_the_same_bytes(workspace: Path, started: Cl
     first = (folder / dynamics.path_of(1)).stat().st_mtime_ns
     again = f"{often}\nfrom kdprune_cli.main import call\nassert call({[*line, '--out', 'undisturbed']}) == 0"
     continued = started(*line, cwd=workspace, first=again)
-    out, err = continued.communicate()
+    _, err = continued.communicate()
     assert continued.returncode == 0, err
     assert (folder / dynamics.path_of(1)).stat().st_mtime_ns == first  # it went on, and did not begin again
     assert digests(folder) == digests(workspace / "undisturbed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -60,7 +62,7 @@ def test_against_a_slow_count(t: int, n: int) -> None:
     found = {name: score(past) for name, score in FROM_DYNAMICS.items()}
     for i in range(n):
         right = past.correct[:, i].tolist()
-        events = sum(a and not b for a, b in zip(right, right[1:], strict=False))
+        events = sum(a and not b for a, b in itertools.pairwise(right))
         assert found["forgetting"][i] == (events if any(right) else t)
         assert found["correct"][i] == sum(right) / t
         assert found["aum"][i] == pytest.approx(sum(past.logit_margin[:, i].astype(float)) / t, abs=1e-12)
