@@ -121,8 +121,11 @@ class Ran:
 
 @pytest.fixture(scope="session")
 def kdprune() -> Callable[..., Ran]:
-    """Run a command line in a folder, in this process: `kdprune("info", "data/train", cwd=workspace)`."""
+    """Run a command line in a folder, in this process: `kdprune("info", "data/train", cwd=workspace)`. With one thread."""
+    import torch
     from kdprune_cli.main import call
+
+    torch.set_num_threads(1)
 
     def run(*arguments: object, cwd: Path) -> Ran:
         out, err = io.StringIO(), io.StringIO()

@@ -240,7 +240,7 @@ def test_squares_of_the_size_are_evaluated_as_they_are(as_list: bool) -> None:
     assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), images)
 
 
-@pytest.mark.parametrize("size", [2, 8, 28])  # not 1: torch 2.15 resizes to several rows of one column wrongly
+@pytest.mark.parametrize("size", [2, 6, 28])  # not 1: torch 2.15 resizes to several rows of one column wrongly
 @pytest.mark.parametrize("shape", [(1, 1), (9, 9), (40, 30), (30, 40), (1, 25), (25, 1), (100, 33)])
 def test_others_are_resized_by_the_shorter_side_and_cut_in_the_centre(shape: tuple[int, int], size: int) -> None:
     image = noise(*shape)

@@ -1,4 +1,4 @@
-"""For the stages that learn: one thread, so that equal runs give equal bits; and shards without labels."""
+"""For the stages that learn: a shard without labels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -301,7 +301,7 @@ def killed(chain_copy: Path, kdprune: Cli, started: Cli) -> tuple[Path, list[obj
     line = ["cache", many, "--jobs", 1, "--out"]
     folder = chain_copy / "logits/killed"
     running = started(*line, folder, "--views", 4, cwd=chain_copy)
-    while not (folder / cached.rows_path(2)).exists():
+    while not (folder / cached.rows_path(12)).exists():
         assert running.poll() is None, running.communicate()
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
@@ -343,3 +343,33 @@ def test_a_killed_addition_can_be_given_up(chain_copy: Path, kdprune: Cli, start
     assert kdprune(*line, 3, cwd=chain_copy).code == 0
     assert digests(folder) == before
     assert kdprune("verify", folder, cwd=chain_copy).code == 0
+
+
+# --- real photographs, of many sizes
+
+
+def test_photographs(tmp_path: Path, real_data: Path, kdprune: Cli) -> None:
+    """Random resized crops of 100 real photographs: what is stored is what is drawn, and what the teacher says of it."""
+    for line in (
+        ["import", real_data / "photos/train.parquet", "--shard-samples", 60],
+        ["teacher", "--model", "resnet8", "--steps", 1, "--batch", 32, "--size", 32],
+        ["select", "--frac", "0.2", "--balance", "none"],
+        ["cache", "--views", 2, "--dtype", "float32"],
+        ["distill", "--model", "resnet8", "--steps", 2, "--batch", 16],
+        *(["verify", folder] for folder in ("subsets/random-0.2-s0", "logits/random-0.2-s0--resnet8-s0")),
+    ):
+        ran = kdprune(*line, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+    data = Dataset.open(tmp_path / "subsets/random-0.2-s0")
+    saved = _models.open_model(tmp_path / TEACHER)
+    policy = Policy.from_dict(LogitCache.open(tmp_path / "logits/random-0.2-s0--resnet8-s0").policy)
+    assert (policy.kind, policy.size, policy.flip) == ("resized-crop", 32, True)
+    for view, found in enumerate(whole_views(data, tmp_path / "logits/random-0.2-s0--resnet8-s0")):
+        boxes = views.geometry(policy, data.uids, data.sizes, view)
+        assert all(np.array_equal(getattr(found, side), getattr(boxes, side)) for side in ("top", "left", "height", "width", "flip"))
+        assert (found.top + found.height <= data.sizes[:, 0]).all()
+        assert (found.left + found.width <= data.sizes[:, 1]).all()
+        pixels = views.render(Images(data).get(np.arange(len(data))), boxes, 32)
+        with torch.no_grad():
+            z = saved.load(code=None).eval()(saved.normalisation.apply(pixels)).numpy()
+        assert found.logits == pytest.approx(z - z.max(1, keepdims=True), rel=1e-4, abs=1e-4)
