@@ -58,6 +58,14 @@ def order_hash(uids: U64, seed: int, purpose: str) -> U64:
     return mix(key ^ np.asarray(uids, dtype=np.uint64))
 
 
+def derived(seed: int, purpose: str) -> int:
+    """A seed for one purpose, in [0, 2**63): so that no two random streams of a run are the same one.
+
+    The upper 63 bits of `order_hash` of the empty id. Raises UsageError as `order_hash` does.
+    """
+    return int(order_hash(uids_of([""]), seed, purpose)[0] >> np.uint64(1))
+
+
 def unit(hashes: U64) -> NDArray[np.float64]:
     """Hashes as numbers in [0, 1): their upper 53 bits over 2**53, exact in float64. Shape as given."""
     return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53

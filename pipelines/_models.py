@@ -65,10 +65,10 @@ class Saved:
 
 def open_model(folder: Path) -> Saved:
     """Open a finished model folder. Raises UsageError when it is none, FormatError when its manifest lacks what a model needs."""
-    from kdprune_data.learn.models import Architecture
+    manifest = Manifest.load(folder, kinds=("model",))
+    from kdprune_data.learn.models import Architecture  # which imports torch: after what a mistyped folder is told
     from kdprune_data.learn.views import Normalisation
 
-    manifest = Manifest.load(folder, kinds=("model",))
     try:
         stored = manifest.config["normalisation"]
         normalisation = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))

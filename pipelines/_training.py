@@ -1,13 +1,12 @@
 """What `teacher` and `distill` share: their options, and a model folder written while a network trains.
 
-The folder gets `epoch-NNN.safetensors` for the epochs kept, then `model.safetensors` and `metrics.jsonl`; `last.ckpt/` stands in it while
-training goes on, and is what an interrupted run continues from.
+The folder gets `epoch-NNN.safetensors` for the epochs kept, then `model.safetensors` and `metrics.jsonl`. `.partial/last.ckpt/` is what an
+interrupted run continues from; it goes with `.partial/`, after the manifest is written.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.loop import Hooks, LossOf, Recipe, Training
     from kdprune_data.learn.models import Architecture
-    from kdprune_data.learn.views import Normalisation
+    from kdprune_data.learn.views import Normalisation, Policy
 
 LAST = "last.ckpt"
 
@@ -88,12 +87,26 @@ class Job:
     hooks: Hooks
 
 
-def setting(recipe: Recipe, architecture: Architecture, normalisation: Normalisation, policy: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a model's config that every model has."""
+def precision(device: torch.device) -> str:
+    """In which numbers a network is trained there. It stands in the config: a run does not start in one and go on in another."""
+    return "bf16" if device.type == "cuda" else "float32"
+
+
+def inputs(data: Dataset, *others: Mapping[str, Any], val: Path | None) -> list[Mapping[str, Any]]:
+    """What a model is made from. The validation data too: they change no weight, but metrics.jsonl, which is part of the digest."""
+    validated = [] if val is None else [Manifest.load(val, kinds=("dataset", "subset")).as_input("val")]
+    return [data.manifest.as_input("data"), *others, *validated]
+
+
+def setting(
+    recipe: Recipe, *, architecture: Architecture, normalisation: Normalisation, policy: Policy, precision: str | None
+) -> dict[str, Any]:
+    """The part of a model's config that every model has. precision: None where nothing is trained."""
     return {
+        "precision": precision,
         "architecture": architecture.to_dict(),
         "normalisation": normalisation.to_dict(),
-        "policy": dict(policy),
+        "policy": policy.to_dict(),
         "recipe": recipe.to_dict(),
     }
 
@@ -104,7 +117,7 @@ def train(job: Job) -> dict[str, Any]:
 
     training, build = job.training, job.build
     before = job.hooks.after_epoch
-    checkpoint = Checkpoint(build.folder / LAST)
+    checkpoint = Checkpoint(build.scratch(LAST))
 
     def after_epoch(epoch: int, row: Mapping[str, Any]) -> None:
         if before is not None:
@@ -118,7 +131,6 @@ def train(job: Job) -> dict[str, Any]:
         training.run(job.loss_of, replace(job.hooks, after_epoch=after_epoch, tick=progress.update), checkpoint)
     save(build, WEIGHTS, weights(training.model))
     write_metrics(build, training.metrics)
-    shutil.rmtree(build.folder / LAST, ignore_errors=True)
     parameters = sum(p.numel() for p in training.model.parameters())
     samples = len(training.feed.images.data.usable())
     return {"samples": samples, "steps": training.plan.steps, "epochs": training.plan.epochs, "parameters": parameters}

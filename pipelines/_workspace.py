@@ -53,9 +53,9 @@ def one(given: Path | None, usual: Path, option: str, fits: Fits = lambda _: Tru
 
 
 def candidates(usual: Path, fits: Fits = lambda _: True) -> list[Path]:
-    """The finished, fitting artefacts in a usual place, by name."""
-    folders = sorted(p.parent for p in usual.glob(f"*/{NAME}")) if usual.is_dir() else []
-    return [folder for folder in folders if fits(Manifest.load(folder))]
+    """The finished, fitting artefacts in a usual place, by name; their files are checked when one of them is opened."""
+    folders = sorted(p.parent for p in usual.glob(f"*/{NAME}") if not p.parent.name.startswith(".")) if usual.is_dir() else []
+    return [folder for folder in folders if fits(Manifest.read(folder))]
 
 
 def place(out: Path | None, name: str | None, usual: Path, derived: str) -> tuple[Path, str]:
@@ -68,7 +68,7 @@ def place(out: Path | None, name: str | None, usual: Path, derived: str) -> tupl
     if name is not None and (not name or "/" in name or name.startswith(".")):
         raise UsageError(f"--name {name!r} is not a plain name: no slash, no leading dot; use --out for a folder elsewhere")
     if out is not None:
-        return out, out.name
+        return out, out.resolve().name
     chosen = name or derived
     return usual / chosen, chosen
 

@@ -57,14 +57,14 @@ class Lesson:
 
 def run(config: DistillConfig) -> Outcome:
     """Train a student. Raises UsageError, MismatchError, FormatError and ExistsError."""
-    from kdprune_data.learn import models
-    from kdprune_data.learn.stream import Images, normalisation_of
-
     started = time.monotonic()
     if config.epochs == 0 and config.steps is None:
         raise UsageError("--epochs 0 trains nothing: give at least 1")
     data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
     val = _workspace.optional_data(config.val, "val")
+    made_from = _find_logits(config, data)
+    # Below this line torch is imported: seconds that nobody waits for to hear of a mistyped folder.
+    return _run(config, data, val, None if made_from is None else LogitCache.open(made_from), started)
     lesson = _lesson(config, data)
     images = Images(data)
     policy = lesson.views.policy

@@ -18,9 +18,9 @@ from kdprune_pipelines._console import Outcome, count, say, track
 from kdprune_pipelines._workspace import DATA, check_classes
 
 from kdprune_data.config import Config, option
-from kdprune_data.errors import SourceError, UsageError, some
+from kdprune_data.errors import ExistsError, SourceError, UsageError, some
 from kdprune_data.formats import dataset, manifest, tar
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build, Identity, relocate
 from kdprune_data.formats.manifest import File, Manifest
 from kdprune_data.formats.shards import check_image
 from kdprune_data.images import MEMBERS
@@ -58,17 +58,33 @@ def run(config: IndexConfig) -> Outcome:
     names = _class_names(config.classes)
     with Build.begin(folder, Identity("dataset", config.split, settings | {"classes": names}, []), overwrite=config.overwrite) as build:
         if build.done is not None:
-            say("already done")
-            return _outcome(folder, build.done)
+            return _outcome(folder, _again(config, folder, build.done))
         say(f"indexing {count(len(config.shards), 'shard')} in place")
         index = _read(config)
         classes = _classes(names, dataset.labels_of(index["label"]).max(initial=-1))
         check_classes(config.split, folder, classes)
-        with ThreadPoolExecutor(config.jobs) as pool:
-            digests = list(track(pool.map(manifest.sha256_file, config.shards), "hash", total=len(config.shards), unit="shard"))
         facts = dataset.write_index(build, index, classes, dataset.shard_names(config.shards))
-        outside = [File(str(p.absolute()), p.stat().st_size, d) for p, d in zip(config.shards, digests, strict=True)]
-        return _outcome(folder, build.seal(counts=facts.counts, classes=classes, content=facts.content, outside=outside))
+        made = build.seal(counts=facts.counts, classes=classes, content=facts.content, outside=_hashed(config))
+    return _outcome(folder, made)
+
+
+def _hashed(config: IndexConfig) -> list[File]:
+    """The shards as the manifest lists them."""
+    with ThreadPoolExecutor(config.jobs) as pool:
+        digests = list(track(pool.map(manifest.sha256_file, config.shards), "hash", total=len(config.shards), unit="shard"))
+    return [File(str(p.absolute()), p.stat().st_size, d) for p, d in zip(config.shards, digests, strict=True)]
+
+
+def _again(config: IndexConfig, folder: Path, made: Manifest) -> Manifest:
+    """A second run: nothing to do, or the same shards have moved. Raises ExistsError for others of the same names and sizes."""
+    if [f.path for f in made.outside] == [str(p.absolute()) for p in config.shards]:
+        say("already done")
+        return made
+    now = _hashed(config)
+    if [f.sha256 for f in now] != [f.sha256 for f in made.outside]:
+        raise ExistsError(f"{folder} is the index of other shards ({made.outside[0].path}): choose another --out, or --overwrite")
+    say("the same shards, in another place: their paths are noted")
+    return relocate(folder, made, now)
 
 
 def _read(config: IndexConfig) -> pa.Table:

@@ -48,7 +48,7 @@ class SelectConfig(Config):
     scores: Path | None = option(None, help="Scores folder, or anybody's Parquet file of scores (with --column).")
     column: str | None = option(None, help="Column of --scores FILE.parquet to rank by.")
     hard: str | None = option(None, help="Which end of a foreign column is the hard one.", choices=("high", "low"))
-    keep: str = option("hard", help="Which samples a score keeps.", choices=ENDS)
+    keep: str | None = option(None, help="Which samples a score keeps; default its hard end.", choices=ENDS)
     keys: Path | None = option(None, help="Keep exactly these ids (.txt, .parquet or .npy) instead of ranking.")
     balance: str = option("class", help="Keep class proportions, equal class shares, or neither.", choices=BALANCES)
     seed: int = option(0, help="Seed of the random order and of ties.", least=0)
@@ -85,7 +85,7 @@ def run(config: SelectConfig) -> Outcome:
     settings = choice.settings | {
         "method": choice.method,
         "frac": order.shortest(frac),
-        "seed": config.seed,
+        "seed": None if config.keys else config.seed,
         "ids_only": config.ids_only,
         "shard_samples": config.shard_samples,
         "shard_bytes": config.shard_bytes,
@@ -105,6 +105,10 @@ def _check_options(config: SelectConfig) -> None:
         raise UsageError("--keys is a list by itself: it goes without --method, --scores and --column")
     if config.method and config.column:
         raise UsageError("--method and --column were both given: --column names the column of --scores FILE to rank by; give one")
+    if config.keep and (config.keys or (config.method or config.column or "random") == "random"):
+        raise UsageError(f"--keep {config.keep} chooses an end of a score, and none ranks here: name one with --method or --column")
+    if config.hard and not config.column:
+        raise UsageError(f"--hard {config.hard} is for a column of somebody's --scores FILE: recorded scores know which end is hard")
     if config.column and not config.scores:
         raise UsageError("--column names a column of a Parquet file: give the file with --scores FILE")
 
@@ -119,7 +123,7 @@ def _choice(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64]
         if config.scores:
             raise UsageError("--scores was given but --method is random, which uses none: name a score with --method or --column")
         return Choice("random", ranking)
-    ranking["keep"] = config.keep
+    ranking["keep"] = config.keep or "hard"
     if config.scores is not None and not config.scores.is_dir():
         return _foreign_choice(config, config.scores, parent, candidates, ranking)
     return _recorded_choice(config, method, parent, candidates, ranking)
@@ -204,7 +208,7 @@ def _how_many(config: SelectConfig, choice: Choice, candidates: int) -> tuple[in
 def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDArray[np.int64], choice: Choice, keep: int) -> Manifest:
     """Rank, plan, copy and seal."""
     pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates], choice.scores)
-    params = selectors.Params(config.seed, config.balance, config.keep, choice.hard_is_high)
+    params = selectors.Params(config.seed, config.balance, config.keep or "hard", choice.hard_is_high)
     picked = None if choice.rows is not None else selectors.select("score" if choice.scores is not None else "random", pool, keep, params)
     places = np.searchsorted(candidates, choice.rows) if choice.rows is not None else picked.indices if picked else candidates[:0]
     rows = candidates[places]
@@ -229,16 +233,18 @@ def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDAr
 
 
 def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
-    """The parent's shards as files outside the subset: by a relative path, so that a workspace can be moved."""
+    """The parent's shards as files outside the subset: by a relative path, so that a workspace can be moved; adopted ones stay put."""
     known = parent.manifest.outside or [f for f in parent.manifest.files if f.path.endswith(".tar")]
-    paths = [os.path.relpath(p.resolve(), folder.resolve()) for p in parent.shard_paths]
+    adopted = any(Path(f.path).is_absolute() for f in parent.manifest.outside)
+    paths = [str(p) if adopted else os.path.relpath(p.resolve(), folder.resolve()) for p in parent.shard_paths]
     return [File(path, f.bytes, f.sha256) for path, f in zip(paths, known, strict=True)]
 
 
 def _card(build: Build, parent: Dataset, index: pa.Table, facts: dataset.Facts) -> str:
     identity = build.identity
     shards = [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
-    how = f"by {identity.config['method']}, fraction {identity.config['frac']}, seed {identity.config['seed']}"
+    how = f"by {identity.config['method']}, fraction {identity.config['frac']}"
+    how += "" if identity.config["seed"] is None else f", seed {identity.config['seed']}"
     note = f"Kept from {parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`) {how}."
     images = subset.image_members(shards, index)
     card = Card(identity.name, _split(parent.manifest.as_input("data")), images, facts.counts["labelled"] > 0, note)

@@ -20,6 +20,7 @@ from kdprune_pipelines._console import Outcome, say
 from kdprune_pipelines._models import WEIGHTS
 from kdprune_pipelines._training import TrainingConfig
 
+from kdprune_data import order
 from kdprune_data.config import option
 from kdprune_data.errors import UsageError
 from kdprune_data.formats import dynamics
@@ -28,6 +29,9 @@ from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import Manifest, sha256_file
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from kdprune_data.learn.loop import Recipe
     from kdprune_data.learn.models import Architecture
     from kdprune_data.learn.stream import Images
@@ -55,6 +59,7 @@ class Setup:
     normalisation: Normalisation
     policy: Policy
     recipe: Recipe
+    device: torch.device
 
 
 def run(config: TeacherConfig) -> Outcome:
@@ -69,10 +74,17 @@ def run(config: TeacherConfig) -> Outcome:
     setup = _setup(config, data)
     plain = config.model.replace(":", "-").replace("/", "-")
     folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain}-s{config.seed}")
-    settings = _training.setting(setup.recipe, setup.architecture, setup.normalisation, setup.policy.to_dict())
+    settings = _training.setting(
+        setup.recipe,
+        architecture=setup.architecture,
+        normalisation=setup.normalisation,
+        policy=setup.policy,
+        precision=None if config.weights else _training.precision(setup.device),
+    )
     keep = _keep(config, setup)
     settings |= {"role": "teacher", "keep_epochs": keep, "weights": sha256_file(config.weights) if config.weights else None}
-    with Build.begin(folder, Identity("model", name, settings, [data.manifest.as_input("data")]), overwrite=config.overwrite) as build:
+    identity = Identity("model", name, settings, _training.inputs(data, val=val))
+    with Build.begin(folder, identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
             return _training.outcome(folder, build.done, started)
@@ -82,15 +94,25 @@ def run(config: TeacherConfig) -> Outcome:
 
 def _setup(config: TeacherConfig, data: Dataset) -> Setup:
     from kdprune_data.learn import models, views
+    from kdprune_data.learn.inference import choose_device
     from kdprune_data.learn.stream import Images
 
     rows = data.usable()
     if (data.labels[rows] < 0).any():
         raise UsageError(f"{data.folder} has {int((data.labels[rows] < 0).sum()):,} samples without a label: a teacher learns from labels")
     images = Images(data)
-    policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=config.seed)
+    # A seed of its own: the views cached for a student of the same --seed would be the very crops that the teacher has learned from.
+    seed = order.derived(config.seed, "views/teacher")
+    policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=seed)
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
-    return Setup(data, images, architecture, _normalisation(config, images), policy, config.recipe())
+    return Setup(data, images, architecture, _normalisation(config, images), policy, config.recipe(), choose_device(config.device))
+
+
+def _network(config: TeacherConfig, setup: Setup) -> nn.Module:
+    """With fresh weights, which no student of the same --seed starts from."""
+    from kdprune_data.learn import models
+
+    return models.build(setup.architecture, seed=order.derived(config.seed, "init/teacher"), code=config.model)
 
 
 def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
@@ -118,16 +140,14 @@ def _keep(config: TeacherConfig, setup: Setup) -> list[int]:
 def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, keep: list[int]) -> Manifest:
     import torch.nn.functional as F
 
-    from kdprune_data.learn import models
     from kdprune_data.learn.dynamics import Recorder
-    from kdprune_data.learn.inference import Predictor, choose_device
+    from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.loop import Hooks, Training
     from kdprune_data.learn.stream import DrawnViews, Feed
 
-    data, policy = setup.data, setup.policy
-    device = choose_device(config.device)
+    data, policy, device = setup.data, setup.policy, setup.device
     feed = Feed(setup.images, DrawnViews(data, policy), config.batch, config.seed, config.jobs)
-    net = models.build(setup.architecture, seed=config.seed, code=config.model)
+    net = _network(config, setup)
     training = Training(net, feed, setup.recipe, normalisation=setup.normalisation, device=device)
     _training.announce(config.model, training)
     recorder = Recorder(len(data))
@@ -145,15 +165,13 @@ def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, 
 
 
 def _adopt(config: TeacherConfig, file: Path, build: Build, setup: Setup, val: Path | None) -> Manifest:
-    from kdprune_data.learn import models
-    from kdprune_data.learn.inference import Predictor, choose_device
+    from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.loop import weights
     from kdprune_data.learn.weights import load_weights
 
-    net = models.build(setup.architecture, seed=config.seed, code=config.model)
+    net = _network(config, setup)
     load_weights(net, file)
-    device = choose_device(config.device)
-    validate = _training.validator(val, Predictor(net, setup.normalisation, setup.policy.size, device), setup.data)
+    validate = _training.validator(val, Predictor(net, setup.normalisation, setup.policy.size, setup.device), setup.data)
     loss, accuracy = validate() if validate else (None, None)
     row = {"epoch": 0, "steps": 0, "samples": 0, "lr": None, "train_loss": None, "train_accuracy": None}
     _training.save(build, WEIGHTS, weights(net))

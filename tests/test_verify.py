@@ -153,6 +153,9 @@ def test_a_missing_file_a_shorter_and_a_longer_one(workspace: Path, kdprune: Cli
             found = faults(kdprune, workspace, artefact)
             assert any(Path(name).name in fault and f"{len(changed):,} bytes" in fault for fault in found), found
         path.unlink()
+        if name == "ranking.parquet":  # stays behind when a subset travels
+            assert kdprune("verify", artefact, cwd=workspace).code == 0
+            return
         found = faults(kdprune, workspace, artefact)
         assert any(Path(name).name in fault and "is missing" in fault for fault in found), found
     finally:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from urllib.parse import quote
@@ -89,8 +89,9 @@ class Build:
             raise ExistsError(f"{file} is a file, not a folder: choose another --out")
         if not _is_ours(folder) and folder.exists() and any(folder.iterdir()):
             raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
-        if overwrite and folder.exists():
-            _remove(folder)
+        if overwrite and folder.exists() and not _is_unfinished(folder, identity):
+            _check_replaceable(folder, identity)
+            _set_aside(folder)
         kept: Sequence[File] = ()
         if (folder / m.NAME).exists():
             there = Manifest.load(folder)
@@ -208,6 +209,7 @@ class Build:
         )
         _write_whole(self.folder / m.NAME, manifest.to_json(), durable=True)
         shutil.rmtree(self.folder / PARTIAL)
+        shutil.rmtree(_aside(self.folder), ignore_errors=True)
         self.close()
         return manifest
 
@@ -221,6 +223,8 @@ class Build:
         """Leave nothing, unless it is done: what was asked for cannot be made, and its settings must not stand in the way of others."""
         if self.done is None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            if _aside(self.folder).is_dir():
+                _aside(self.folder).rename(self.folder)
         self.close()
 
     def close(self) -> None:
@@ -233,13 +237,20 @@ class Build:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, KdpruneError) and self._is_bare():
+        if isinstance(error, KdpruneError) and self._lock is not None and (self._is_bare() or _aside(self.folder).is_dir()):
             self.discard()
         self.close()
 
     def _is_bare(self) -> bool:
         """Nothing has been made yet: there is no work that another run could continue."""
         return not self._parts and self.folder.is_dir() and [p.name for p in self.folder.iterdir()] == [PARTIAL]
+
+
+def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manifest:
+    """Say that the files outside an artefact lie elsewhere now: the same bytes, so the same digest."""
+    moved = replace(manifest, outside=tuple(outside))
+    _write_whole(folder / m.NAME, moved.to_json(), durable=True)
+    return moved
 
 
 def _is_whole(folder: Path, part: Mapping[str, Any]) -> bool:
@@ -287,14 +298,43 @@ def _write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
         m.fsync_dir(path.parent)
 
 
-def _remove(folder: Path) -> None:
-    """Take an artefact away at one stroke: renamed first, so that a kill leaves no half of it under its name."""
+def _check_replaceable(folder: Path, identity: Identity) -> None:
+    """Refuse to replace what the new artefact is made from, an artefact of another kind, or the folder one stands in."""
+    if folder.resolve() == Path.cwd():
+        raise ExistsError(f"{folder} is the current folder: go elsewhere to replace it, or choose another --out")
+    try:
+        there = Manifest.load(folder)
+    except KdpruneError:
+        return  # unfinished or damaged: nothing is made from it
+    if there.kind != identity.kind:
+        raise ExistsError(f"{folder} is of kind {there.kind}, which --overwrite does not replace by {identity.kind}: choose another --out")
+    if there.digest in _ancestors(identity.inputs):
+        raise ExistsError(f"{folder} is what this {identity.kind} is made from: choose another --out")
+
+
+def _ancestors(inputs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The digests of inputs, of their inputs, and so on."""
+    return {one["digest"] for one in inputs}.union(*(_ancestors(one["inputs"]) for one in inputs))
+
+
+def _aside(folder: Path) -> Path:
+    """Where an artefact goes that is being replaced."""
+    whole = folder.resolve()
+    return whole.with_name(f".{whole.name}.replaced")
+
+
+def _set_aside(folder: Path) -> None:
+    """Take an artefact from its name at one stroke; `seal` deletes it, a refusal of the new one puts it back."""
     if (folder / PARTIAL).is_dir():
         os.close(_lock(folder))
-    gone = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+    folder.resolve().rename(_aside(folder))
+
+
+def _is_unfinished(folder: Path, identity: Identity) -> bool:
+    """Whether this very thing was begun there and not finished: it is continued, not begun again."""
+    noted = folder / PARTIAL / "identity.json"
+    return not (folder / m.NAME).exists() and noted.exists() and json.loads(noted.read_bytes()) == identity.to_json()
 
 
 def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], *, unfinished: bool = False) -> None:
@@ -305,8 +345,9 @@ def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, A
     inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
     differs = _differences(there["config"], wanted["config"]) + inputs
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
-    free = next(name for n in itertools.count(2) if not folder.with_name(name := f"{folder.name}-{n}").exists())
-    elsewhere = f"--out {folder.with_name(free)}" if wanted["kind"] == "dataset" else f"--name {free}"
+    whole = folder.resolve()
+    free = next(name for n in itertools.count(2) if not whole.with_name(name := f"{whole.name}-{n}").exists())
+    elsewhere = f"--out {folder.parent / free}" if wanted["kind"] == "dataset" else f"--name {free}"
     what = "holds an unfinished run" if unfinished else "was made"
     raise ExistsError(f"{folder} {what} with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
 

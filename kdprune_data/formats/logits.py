@@ -26,7 +26,16 @@ from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import Manifest
 
-ROWS_SCHEMA = pa.schema([("id", pa.string()), ("sha256", pa.binary(32)), ("label", pa.int32()), ("top1_correct", pa.int32())])
+ROWS_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("sha256", pa.binary(32)),
+        ("label", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("top1_correct", pa.int32()),
+    ]
+)
 GEOMETRY = ("top", "left", "height", "width")
 PART_BYTES = 256_000_000
 DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
@@ -80,7 +89,7 @@ def ranges(first: int, last: int, per_view: int) -> list[tuple[int, int]]:
 
 def write_rows(build: Build, shard: int, data: Dataset, rows: NDArray[np.int64], correct: NDArray[np.int32]) -> None:
     """Write the rows of a shard. correct: int32 of shape (n,), in how many views of the first range the top 1 was the label."""
-    columns = [data.index[name].take(pa.array(rows)) for name in ("id", "sha256", "label")]
+    columns = [data.index[name].take(pa.array(rows)) for name in ("id", "sha256", "label", "height", "width")]
     with build.create(rows_path(shard)) as sink:
         table.write(sink, pa.table([*columns, pa.array(correct, pa.int32())], schema=ROWS_SCHEMA))
 
@@ -252,8 +261,9 @@ def read_view(cache: LogitCache, shard: int, view: int) -> ViewRows:
 
 def _view_rows(batch: pa.RecordBatch) -> ViewRows:
     logits = batch.column("logits").flatten().to_numpy().reshape(len(batch), -1)
-    top, left, height, width, flip = (np.asarray(batch.column(c).to_numpy(zero_copy_only=False)) for c in (*GEOMETRY, "flip"))
-    return ViewRows(top, left, height, width, flip, logits)
+    # Stored in the narrowest integer: sums such as top + height would leave an int8.
+    top, left, height, width = (np.asarray(batch.column(c).to_numpy(), np.int32) for c in GEOMETRY)
+    return ViewRows(top, left, height, width, np.asarray(batch.column("flip").to_numpy(zero_copy_only=False)), logits)
 
 
 def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows: pa.Table) -> None:

@@ -101,26 +101,32 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path, *, kinds: Iterable[str] = KINDS) -> Manifest:
-        """Read and check a folder's manifest (the manifest itself, and that files are there with their sizes; not their digests).
+        """Read and check a folder's manifest, and that its files are there with their sizes (not their digests, nor side files).
 
-        Raises UsageError when there is no finished artefact of one of `kinds`; FormatError when the manifest is not whole.
+        Raises UsageError when there is no finished artefact of one of `kinds`; FormatError when it is not whole.
         """
+        manifest = cls.read(folder, kinds=kinds)
+        for file in manifest.files:
+            there = folder / file.path
+            if not there.is_file():
+                raise FormatError(f"{there} is missing: the manifest lists it; make or fetch the folder again")
+            if there.stat().st_size != file.bytes:
+                raise FormatError(f"{there} has {there.stat().st_size:,} bytes, the manifest says {file.bytes:,}: make or fetch it again")
+        return manifest
+
+    @classmethod
+    def read(cls, folder: Path, *, kinds: Iterable[str] = KINDS) -> Manifest:
+        """Read and check a folder's manifest alone. Raises as `load` does."""
         path = folder / NAME
         wanted = " or ".join(kinds)
         if not path.is_file():
             if (folder / PARTIAL).is_dir():
                 raise UsageError(f"{folder} is unfinished: run the command that makes it again, it continues")
             what = "holds no manifest.json" if folder.is_dir() else "does not exist"
-            raise UsageError(f"{folder} {what}: expected a finished {wanted}")
+            raise UsageError(f"{folder} {what}: expected a finished {wanted}; give another folder, or make it first")
         manifest = cls._parse(path)
         if manifest.kind not in kinds:
-            raise UsageError(f"{folder} is of kind {manifest.kind}: expected {wanted}")
-        for file in (*manifest.files, *manifest.side):
-            there = folder / file.path
-            if not there.is_file():
-                raise FormatError(f"{there} is missing: the manifest lists it; make or fetch the folder again")
-            if there.stat().st_size != file.bytes and file in manifest.files:
-                raise FormatError(f"{there} has {there.stat().st_size:,} bytes, the manifest says {file.bytes:,}: make or fetch it again")
+            raise UsageError(f"{folder} is of kind {manifest.kind}: expected {wanted}; give another folder")
         return manifest
 
     @classmethod

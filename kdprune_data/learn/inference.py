@@ -22,15 +22,30 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: cuda where there is one, then mps, then cpu. Raises UsageError for one that is not there."""
+    """`auto`: cuda where there is one, then mps, then cpu. Raises UsageError for one that is not there.
+
+    Choosing cuda sets torch, for this process, to full float32 and to the same kernels every time.
+    """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(d for d in ("cuda", "mps", "cpu") if there[d]))
+        name = next(d for d in ("cuda", "mps", "cpu") if there[d])
     if name not in there:
         raise unknown("device", name, DEVICES)
     if not there[name]:
         raise UsageError(f"--device {name}: there is none on this machine; use --device cpu")
+    if name == "cuda":
+        _make_exact()
     return torch.device(name)
+
+
+def _make_exact() -> None:
+    """Make CUDA compute what manifests say of it."""
+    # A manifest says precision float32; torch lets cuDNN round convolutions to TF32's 10 bits of mantissa unless told.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # Tensors are promised to be the same on the same device and versions: no algorithm chosen by a race, none that adds in any order.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdprune_data import order
 from kdprune_data.errors import FormatError, KdpruneError, UsageError
 from kdprune_data.learn.stream import Batch, Feed
 from kdprune_data.learn.views import Normalisation
@@ -132,7 +133,7 @@ class Training:
         """One epoch: mean loss, accuracy before each update, and samples."""
         self.model.train()
         # Dropout and its like draw from torch's generator: seeded per epoch, so that a continued run draws the same.
-        torch.manual_seed((self.recipe.seed << 32) + self.epoch)
+        torch.manual_seed(order.derived(self.recipe.seed, f"dropout/{self.epoch}"))
         total, right, seen = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
         steps_left = self.plan.steps - self.step
         for n, batch in enumerate(self.feed.epoch(self.epoch)):
@@ -142,9 +143,7 @@ class Training:
                 group["lr"] = self.plan.lr_at(self.epoch * self.plan.per_epoch + n, self.recipe)
             images = self.normalisation.apply(batch.images.to(self.device, non_blocking=True))
             moved = Batch(batch.rows, images, batch.labels.to(self.device), None if batch.logits is None else batch.logits.to(self.device))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                logits = self.model(images)
-            logits = logits.float()
+            logits = self._forward(images)
             loss = loss_of(logits, moved)
             if hooks.observe is not None:
                 hooks.observe(moved, logits.detach())
@@ -160,6 +159,19 @@ class Training:
         if not bool(torch.isfinite(total)) or not all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values()):
             raise KdpruneError(f"the loss is not a number any more in epoch {self.epoch + 1}: lower --lr (it is {self.recipe.lr:g})")
         return float(total) / seen, float(right) / seen, seen
+
+    def _forward(self, images: Tensor) -> Tensor:
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                logits: Tensor = self.model(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            # Where an image has shrunk to one pixel, a batch of one has nothing to take a deviation of.
+            raise UsageError(
+                f"batch norm cannot learn from a batch of {len(images)}: at least 2 samples and --batch 2, or --norm group"
+            ) from None
+        return logits.float()
 
     def state(self) -> dict[str, Tensor]:
         """Weights and momentum, by name."""
@@ -192,7 +204,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Checkpoint:
-    """`last.ckpt/` of a model folder: `state.json` names the newest state file, which is written whole before it is named."""
+    """`last.ckpt/` of an unfinished model folder: `state.json` names the newest state file, which is written whole before it is named."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

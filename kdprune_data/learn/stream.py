@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -65,9 +65,12 @@ class Images:
 
 
 def normalisation_of(images: Images) -> Normalisation:
-    """Mean and standard deviation per channel over the first 10,000 usable samples (imports are shuffled), to 6 decimals."""
+    """Mean and standard deviation per channel over the usable samples, or 10,000 of them chosen by hash, to 6 decimals."""
     total, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
-    rows = images.data.usable()[:NORMALISATION_SAMPLES]
+    rows = images.data.usable()
+    # The first ones would not do: adopted shards may come class by class.
+    by_hash = np.argsort(order.order_hash(images.data.uids[rows], 0, "normalisation"), kind="stable")
+    rows = np.sort(rows[by_hash[:NORMALISATION_SAMPLES]])
     for batch in order.batches(rows, 256):
         for image in images.get(batch):
             flat = image.reshape(-1, 3).astype(np.int64)
@@ -150,7 +153,6 @@ class Feed:
     batch: int
     seed: int
     threads: int = 1
-    _pool: list[ThreadPoolExecutor] = field(default_factory=list)
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """The rows of every batch of an epoch (counted from 0), in order."""
@@ -222,13 +224,19 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
             raise UsageError(f"batch_size {batch_size} is too small: at least 1")
         data = Dataset.open(subset)
         images = Images(data)
-        self.epoch = epoch
+        # In shared memory: persistent workers hold a copy of this object, made before the next `set_epoch`.
+        self._epoch = torch.tensor(epoch).share_memory_()
         self.normalisation = normalisation_of(images)
         self._feed = Feed(images, _view_source(data, logits, seed, views), batch_size, seed)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch (counted from 0) that the next iteration yields."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (counted from 0) that the next iteration yields."""
-        self.epoch = epoch
+        """Choose the epoch (counted from 0) that the next iteration yields, in the workers of a DataLoader too."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -237,9 +245,9 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        ids = self._feed.images.data.ids
-        for rows in self._feed.plan(self.epoch)[first::step]:
-            batch = self._feed.make(rows, self.epoch)
+        ids, epoch = self._feed.images.data.ids, self.epoch
+        for rows in self._feed.plan(epoch)[first::step]:
+            batch = self._feed.make(rows, epoch)
             image = self.normalisation.apply(batch.images)
             yield {"image": image, "label": batch.labels, "logits": batch.logits, "id": ids[rows].tolist()}
 

@@ -304,3 +304,39 @@ def test_a_sink_hashes_what_is_written(tmp_path: Path) -> None:
     shutil.move(tmp_path / "x" / "a.bin", tmp_path / "a.bin")
     assert build.files()[0].sha256 == hashlib.sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
     assert os.path.getsize(tmp_path / "a.bin") == 2  # noqa: PTH202
+
+
+def test_overwrite_never_takes_what_the_new_one_is_made_from(tmp_path: Path) -> None:
+    parent = whole(tmp_path / "x")
+    child = Identity("dataset", "y", CONFIG | {"seed": 1}, [parent.as_input("data")])
+    grandchild = Identity("dataset", "z", CONFIG, [{**parent.as_input("data"), "digest": "0" * 64, "inputs": [parent.as_input("data")]}])
+    for wanted in (child, grandchild):
+        assert "is what this dataset is made from" in refusal(tmp_path / "x", wanted, overwrite=True)
+    assert "is of kind dataset, which --overwrite does not replace by scores" in refusal(tmp_path / "x", identity("scores"), overwrite=True)
+    assert Manifest.load(tmp_path / "x") == parent
+
+
+def test_overwrite_of_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole(tmp_path / "x")
+    monkeypatch.chdir(tmp_path / "x")
+    assert "is the current folder" in refusal(Path(), identity(seed=1), overwrite=True)
+
+
+def test_a_refused_replacement_puts_the_old_one_back(tmp_path: Path) -> None:
+    there = whole(tmp_path / "x")
+    with pytest.raises(SourceError), Build.begin(tmp_path / "x", identity(seed=1), overwrite=True) as build:
+        build.write("a.bin", b"new")
+        raise SourceError("an image that does not decode")
+    assert Manifest.load(tmp_path / "x") == there
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_interrupted_replacement_continues_and_then_the_old_one_is_gone(tmp_path: Path) -> None:
+    whole(tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt), Build.begin(tmp_path / "x", identity(seed=1), overwrite=True) as build:
+        build.write("a.bin", b"new")
+        raise KeyboardInterrupt
+    with Build.begin(tmp_path / "x", identity(seed=1), overwrite=True) as build:
+        assert build.finished("a.bin") == {}
+        finish(build)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -247,19 +247,23 @@ def test_an_index_that_is_not_the_pages_is_refused(digits: Path, tmp_path: Path,
     assert "\n" not in str(caught.value)
 
 
-def test_a_shard_that_is_shorter_than_its_index_says_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_shorter_than_its_index_says_or_another_is_refused(digits: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(digits / "data" / "val", tmp_path / "val")
     read = Dataset.open(folder)
     with (folder / "shard-000000.tar").open("r+b") as file:
         file.truncate(2000)
-    with pytest.raises(SourceError, match=r"shard-000000.tar is shorter than its index says \(sample '\d{8}'\): fetch it again$"):
+    with pytest.raises(SourceError, match=r"shard-000000.tar was changed: sample '\d{8}' is not the image that was indexed; make or fetch"):
         read.image_bytes(len(read) - 1)
+    tar = (digits / "data/val/shard-000000.tar").read_bytes()
+    (folder / "shard-000000.tar").write_bytes(tar[1024:] + tar[:1024])  # records of one length, one further on
+    with pytest.raises(SourceError, match=r"is not the image that was indexed"):
+        Dataset.open(folder).image_bytes(0)
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     with Build.begin(tmp_path / "x", Identity("scores", "x", {}, [])) as build:
         build.seal(counts={}, classes=[], content="")
-    with pytest.raises(UsageError, match=r"x is of kind scores: expected dataset or subset$"):
+    with pytest.raises(UsageError, match=r"x is of kind scores: expected dataset or subset; give another folder$"):
         Dataset.open(tmp_path / "x")
 
 

@@ -202,12 +202,14 @@ def test_missing_and_short_files_are_refused(folder: Path) -> None:
 
 
 def test_a_folder_that_is_no_artefact_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere does not exist: expected a finished dataset or subset$"):
+    with pytest.raises(
+        UsageError, match=r"nowhere does not exist: expected a finished dataset or subset; give another folder, or make it first$"
+    ):
         Manifest.load(tmp_path / "nowhere", kinds=("dataset", "subset"))
-    with pytest.raises(UsageError, match=r"is of kind dataset: expected scores$"):
+    with pytest.raises(UsageError, match=r"is of kind dataset: expected scores; give another folder$"):
         Manifest.load(folder, kinds=("scores",))
     (folder / m.NAME).unlink()
-    with pytest.raises(UsageError, match=r"holds no manifest.json: expected a finished scores$"):
+    with pytest.raises(UsageError, match=r"holds no manifest.json: expected a finished scores; give another folder, or make it first$"):
         Manifest.load(folder, kinds=("scores",))
     (folder / m.PARTIAL).mkdir()
     with pytest.raises(UsageError, match=r"is unfinished: run the command that makes it again, it continues$"):

@@ -267,3 +267,28 @@ def test_a_shard_that_changed_later_is_noticed(foreign: list[Path], tmp_path: Pa
 def test_import_says_what_to_do_with_a_tar(foreign: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is a tar: use `kdprune-data index .*part-000.tar --out DIR`"):
         import_.run(import_.ImportConfig(str(foreign[0]), out=tmp_path / "train"))
+
+
+def test_shards_that_moved_are_found_again_and_others_are_not_taken_for_them(foreign: list[Path], tmp_path: Path) -> None:
+    run(foreign, tmp_path / "train")
+    before = Dataset.open(tmp_path / "train")
+    moved = [path.rename(tmp_path / path.name) for path in foreign]
+    run(moved, tmp_path / "train")
+    after = Dataset.open(tmp_path / "train")
+    assert (after.manifest.digest, after.shard_paths) == (before.manifest.digest, moved)
+    assert after.image_bytes(99)
+    other = tmp_path / "others"
+    other.mkdir()
+    for path in moved:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1  # the same name and size, another file
+        (other / path.name).write_bytes(data)
+    with pytest.raises(ExistsError, match="is the index of other shards"):
+        run(sorted(other.iterdir()), tmp_path / "train")
+
+
+def test_an_ids_only_subset_of_adopted_shards_can_be_moved(foreign: list[Path], tmp_path: Path) -> None:
+    run(foreign, tmp_path / "here/train")
+    select.run(select.SelectConfig(data=tmp_path / "here/train", frac="0.5", ids_only=True, out=tmp_path / "here/ids"))
+    there = (tmp_path / "here/ids").rename(tmp_path / "deeper-ids")
+    assert verify.run(verify.VerifyConfig(artefact=there)).ok

@@ -517,3 +517,58 @@ def test_a_card_says_what_it_is(train: Path, tmp_path: Path) -> None:
     assert "129 samples in 1 WebDataset shards, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card
     assert f"(content `{Manifest.load(train).content}`) by random, fraction 0.1, seed 0." in card
     assert json.loads((tmp_path / "x" / "sizes.json").read_bytes()) == {"shard-000000.tar": 129}
+
+
+# --- what the review of a first version found
+
+
+def test_a_selection_that_finished_its_ranking_and_was_interrupted_ends_in_the_same_bytes(
+    train: Path, tmp_path: Path, digests: Digests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(train, tmp_path / "whole", frac="0.3")
+
+    def stop(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(select, "_card", stop)  # an interruption at the last file, after ranking.parquet
+        run(train, tmp_path / "broken", frac="0.3", name=None)
+    assert (tmp_path / "broken" / "ranking.parquet").is_file()
+    run(train, tmp_path / "broken", frac="0.3")
+    left, right = digests(tmp_path / "broken"), digests(tmp_path / "whole")
+    assert {k: v for k, v in left.items() if k != "README.md"} == {
+        k: v for k, v in right.items() if k != "README.md"
+    }  # it names the folder
+    assert verify.run(verify.VerifyConfig(artefact=tmp_path / "broken")).ok
+
+
+def test_a_parent_that_was_replaced_is_noticed_by_its_ids_only_subset(train: Path, tmp_path: Path) -> None:
+    parent = shutil.copytree(train, tmp_path / "train")
+    run(parent, tmp_path / "ids", frac="0.5", ids_only=True)
+    import_.run(import_.ImportConfig(source="digits", holdout="0.1", seed=7, out=parent, overwrite=True))
+    read = Dataset.open(tmp_path / "ids")
+    with pytest.raises(SourceError, match="is not the image that was indexed"):
+        for row in range(len(read)):
+            read.image_bytes(row)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frac": "0.5", "keep": "easy"}, "--keep easy chooses an end of a score, and none ranks here"),
+        ({"frac": "0.5", "method": "random", "keep": "hard"}, "none ranks here"),
+        ({"frac": "0.5", "method": "el2n", "hard": "low"}, "recorded scores know which end is hard"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(train: Path, tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    assert message in refusal(UsageError, train, tmp_path / "x", **settings)
+
+
+def test_the_input_of_a_selection_is_never_overwritten(train: Path, tmp_path: Path) -> None:
+    parent = shutil.copytree(train, tmp_path / "train")
+    with pytest.raises(ExistsError, match="is of kind dataset, which --overwrite does not replace by subset"):
+        run(parent, parent, frac="0.5", overwrite=True)
+    run(parent, tmp_path / "half", frac="0.5")
+    with pytest.raises(ExistsError, match="is what this subset is made from"):
+        run(tmp_path / "half", tmp_path / "half", frac="0.5", overwrite=True)
+    assert len(Dataset.open(tmp_path / "half")) == 647
