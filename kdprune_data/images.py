@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from kdprune_data.errors import SourceError
 
@@ -51,14 +51,33 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         except ValueError:
             pass  # Pillow decides whether it is an image after all
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             if image.width * image.height > PIXEL_LIMIT:  # Pillow's own limit may have been lifted
                 raise Image.DecompressionBombError
+            image.load()
+            # With a palette's transparency in bytes `convert` would warn and drop it; gone before, the pixels are the same (see `_open`).
+            image.info.pop("transparency", None)
             return np.array(image.convert("RGB"))  # np.asarray would be read-only, at which torch warns
     except Image.DecompressionBombError:
         raise SourceError(f"an image of more pixels than the {PIXEL_LIMIT:,} that are decoded at most; scale it down") from None
     except Exception as error:  # Pillow's plugins raise anything on damaged data: struct.error, SyntaxError, OSError, ...
         raise SourceError(f"not an image that decodes ({type(error).__name__})") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """As Image.open, without its DecompressionBombWarning at half of PIXEL_LIMIT, which says nothing to people who import large photos.
+
+    The three formats that shards hold are opened by their own classes, which do not ask for a limit; `decode` does. To silence the warning
+    instead, warnings.catch_warnings would do so for every thread, and a filter for the user's own images too: both are global.
+    """
+    kind = extension(data)
+    if kind == "jpg":
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    if kind == "png":
+        return PngImagePlugin.PngImageFile(io.BytesIO(data))
+    if kind == "webp":
+        return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+    return Image.open(io.BytesIO(data))
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

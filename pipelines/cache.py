@@ -1,7 +1,8 @@
 """`cache`: what the teacher says of many views of each kept sample.
 
 1. The views' boxes are drawn from (seed, id, view) for the data set's policy, at the teacher's input size.
-2. Each sample is decoded once for all new views; every view is rendered and shown to the teacher, in batches that do not cross a shard.
+2. Each sample is decoded once for all new views of a range; every view is rendered and shown to the teacher, in batches that do not cross
+   a shard.
 3. Per shard: the rows once, and one file of geometry and logits for each range of views.
 
 Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds files and leaves those that stand.
@@ -9,7 +10,9 @@ Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds fil
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +36,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Geometry, Policy
+    from kdprune_data.learn.views import Geometry, Pixels, Policy
 
 TEMPERATURES = (1.0, 2.0, 4.0)
+DECODED_AT_ONCE = 32
+RENDERED_BYTES = 64_000_000
+"""Views that wait to be shown to the teacher take about this much memory, however many there are."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,10 @@ class Caching:
 
 def run(config: CacheConfig) -> Outcome:
     """Fill a logit cache. Raises UsageError, MismatchError, SourceError and ExistsError."""
-    from kdprune_data.learn import views
-
     data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
     saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
+    from kdprune_data.learn import views  # which imports torch: after what a mistyped folder is told
+
     data.same_classes(saved.manifest.classes, str(saved.folder))
     size = saved.architecture.size
     policy = views.policy_for(data.sizes[data.usable()], data.classes, size=size, flip=config.flip, seed=config.seed)
@@ -150,7 +156,6 @@ def _views(caching: Caching, rows: NDArray[np.int64], span: tuple[int, int]) -> 
     from kdprune_data.learn import views
     from kdprune_data.learn.inference import evaluating
     from kdprune_data.learn.losses import kl
-    from kdprune_data.learn.stream import prefetch
 
     data, config = caching.images.data, caching.config
     span_views = range(span[0], span[1] + 1)
@@ -158,14 +163,9 @@ def _views(caching: Caching, rows: NDArray[np.int64], span: tuple[int, int]) -> 
     said: list[list[NDArray[np.floating]]] = [[] for _ in boxes]
     lost = dict.fromkeys(TEMPERATURES, 0.0)
 
-    def make(at: NDArray[np.int64]) -> list[torch.Tensor]:
-        images = caching.images.get(rows[at])
-        return [views.render(images, _slice(box, at), caching.policy.size) for box in boxes]
-
-    places = list(order.batches(np.arange(len(rows)), config.batch))
     with evaluating(caching.net, caching.device) as net:
-        for at, batch in zip(places, prefetch(make, places, config.jobs), strict=True):
-            for n, pixels in enumerate(batch):
+        for at, images in _decoded(caching, rows):
+            for n, pixels in enumerate(_rendered(caching, images, [_slice(box, at) for box in boxes])):
                 full = net(caching.saved.normalisation.apply(pixels.to(caching.device))).float().cpu()
                 bad = data.ids[rows[at[~torch.isfinite(full).all(1).numpy()]]]
                 if len(bad):
@@ -176,6 +176,38 @@ def _views(caching: Caching, rows: NDArray[np.int64], span: tuple[int, int]) -> 
                 said[n].append(kept)
     views_of = [_rows(box, np.concatenate(logits)) for box, logits in zip(boxes, said, strict=True)]
     return views_of, {f"{tau:g}": round(lost[tau] / (len(rows) * len(boxes)), 9) for tau in TEMPERATURES}
+
+
+def _decoded(caching: Caching, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Pixels | list[Pixels]]]:
+    """Batches of places in `rows`, each with its images. A few samples are decoded ahead, not a few batches: photographs are large."""
+    from kdprune_data.learn.stream import prefetch
+
+    places = list(order.batches(np.arange(len(rows)), caching.config.batch))
+    parts = [list(order.batches(at, DECODED_AT_ONCE)) for at in places]
+    ready = prefetch(lambda at: caching.images.get(rows[at]), chain.from_iterable(parts), caching.config.jobs)
+    for at, some_parts in zip(places, parts, strict=True):
+        found = [next(ready) for _ in some_parts]
+        yield at, np.concatenate(found) if caching.images.equal else list(chain.from_iterable(found))
+
+
+def _rendered(caching: Caching, images: Pixels | list[Pixels], boxes: Sequence[Geometry]) -> Iterator[torch.Tensor]:
+    """The views of a batch, one after the other, rendered a little ahead in parts of so many samples that memory stays bounded."""
+    import torch
+
+    from kdprune_data.learn import views
+    from kdprune_data.learn.stream import prefetch
+
+    n, size, threads = len(images), caching.policy.size, caching.config.jobs
+    ahead = 2 * threads + 2  # parts that `prefetch` holds, and the one that is used
+    parts = list(order.batches(np.arange(n), max(1, RENDERED_BYTES // (ahead * 3 * size * size))))
+
+    def make(part: tuple[Geometry, NDArray[np.int64]]) -> torch.Tensor:
+        box, at = part
+        return views.render(images[at[0] : at[-1] + 1], _slice(box, at), size)
+
+    ready = prefetch(make, product(boxes, parts), threads)
+    for _ in boxes:
+        yield torch.cat([next(ready) for _ in parts])
 
 
 def _rows(boxes: Geometry, logits: NDArray[np.floating]) -> ViewRows:

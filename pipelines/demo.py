@@ -29,7 +29,7 @@ FRACTIONS = ("0.02", "0.05", "0.1", "0.2", "0.5", "1")
 ARMS = ("labels only", "fresh views", "distilled")
 TEACHER_EPOCHS = 40
 VIEWS = 16
-STEPS = 400
+STEPS = 150
 BATCH = 64
 STUDENT = "resnet8"
 
@@ -175,7 +175,7 @@ def _text(config: DemoConfig, taught: float, table: Sequence[dict[str, Any]], se
             "",
             "  kdprune-data info students/random-0.1-s0--resnet8-distilled",
             "  kdprune-data select --frac 0.1 --method el2n",
-            "  kdprune-data distill subsets/el2n-0.1-s0 --model resnet8 --steps 400",
+            "  kdprune-data distill subsets/el2n-0.1-s0 --model resnet8 --steps 150",
             "  kdprune-data verify subsets/random-0.1-s0",
         ]
     )

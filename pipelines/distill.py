@@ -18,6 +18,7 @@ from kdprune_pipelines import _training, _workspace
 from kdprune_pipelines._console import Outcome, say
 from kdprune_pipelines._training import TrainingConfig
 
+from kdprune_data import order
 from kdprune_data.config import option
 from kdprune_data.errors import MismatchError, UsageError
 from kdprune_data.formats.build import Build, Identity
@@ -26,6 +27,7 @@ from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
 
 if TYPE_CHECKING:
+    from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.stream import Images, ViewSource
 
 
@@ -35,7 +37,7 @@ class DistillConfig(TrainingConfig):
 
     subset: Path | None = option(None, help="The subset (or data set) to train on; default the only one in subsets/.", argument=True)
     logits: str | None = option(None, help="The logit cache's folder, or none for labels only; default the only one that fits in logits/.")
-    teacher: Path | None = option(None, help="Refuse a cache of any other teacher than this one.")
+    teacher: Path | None = option(None, help="Use the cache of this teacher, and refuse any other.")
     model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
     alpha: str = option(
         "auto", help="Weight of the teacher, 0 to 1; auto: 0.9 up to a tenth kept, linear in log10 to 0.5 at all (provisional)."
@@ -52,7 +54,6 @@ class Lesson:
     views: ViewSource
     cited: dict[str, Any]
     alpha: float
-    cache: LogitCache | None
 
 
 def run(config: DistillConfig) -> Outcome:
@@ -62,10 +63,14 @@ def run(config: DistillConfig) -> Outcome:
         raise UsageError("--epochs 0 trains nothing: give at least 1")
     data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
     val = _workspace.optional_data(config.val, "val")
-    made_from = _find_logits(config, data)
-    # Below this line torch is imported: seconds that nobody waits for to hear of a mistyped folder.
-    return _run(config, data, val, None if made_from is None else LogitCache.open(made_from), started)
-    lesson = _lesson(config, data)
+    found = _find_logits(config, data)
+    cache = None if found is None else LogitCache.open(found)
+    from kdprune_data.learn import models  # which imports torch: after what a mistyped folder is told
+    from kdprune_data.learn.inference import Predictor, choose_device
+    from kdprune_data.learn.stream import Images, normalisation_of
+
+    device = choose_device(config.device)
+    lesson = _labels_only(config, data) if cache is None else _lesson(config, data, cache)
     images = Images(data)
     policy = lesson.views.policy
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
@@ -73,39 +78,45 @@ def run(config: DistillConfig) -> Outcome:
     plain = config.model.replace(":", "-").replace("/", "-")
     derived = f"{data.manifest.name}--{plain}-a{lesson.alpha:g}-s{config.seed}"
     folder, name = _workspace.place(config.out, config.name, _workspace.STUDENTS, derived)
-    settings = _training.setting(config.recipe(), architecture, normalisation, policy.to_dict())
+    settings = _training.setting(
+        config.recipe(),
+        architecture=architecture,
+        normalisation=normalisation,
+        policy=policy,
+        precision=_training.precision(device),
+    )
     settings |= {"role": "student", "alpha": lesson.alpha, "temperature": config.temperature, "views": lesson.cited}
     settings["keep_epochs"] = sorted(config.keep_epochs)
-    inputs = [data.manifest.as_input("data")]
-    if lesson.cache is not None:
-        inputs.append(lesson.cache.manifest.as_input("logits"))
+    # Of the cache only what was read, in `views`, and its teacher: views that are added later make no other student.
+    inputs = _training.inputs(data, *([] if cache is None else [cache.teacher]), val=val)
     with Build.begin(folder, Identity("model", name, settings, inputs), overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
             return _training.outcome(folder, build.done, started)
-        net = models.build(architecture, seed=config.seed, code=config.model)
-        made = _train(config, build, lesson, images, net, val)
+        net = models.build(architecture, seed=order.derived(config.seed, "init/student"), code=config.model)
+        made = _train(config, build, lesson, images, Predictor(net, normalisation, policy.size, device), val)
     return _training.outcome(folder, made, started)
 
 
-def _lesson(config: DistillConfig, data: Dataset) -> Lesson:
-    """Cached views with soft labels where there is a cache, drawn views and labels only where there is none."""
+def _labels_only(config: DistillConfig, data: Dataset) -> Lesson:
+    """Views drawn from the policy, and no soft labels."""
     from kdprune_data.learn import views
-    from kdprune_data.learn.losses import auto_alpha
-    from kdprune_data.learn.stream import DrawnViews, cached_views
+    from kdprune_data.learn.stream import DrawnViews
 
-    folder = _find_logits(config, data)
-    if folder is None:
-        alpha = 0.0 if config.alpha == "auto" else _number(config.alpha)
-        if alpha:
-            raise UsageError(
-                f"--alpha {config.alpha} weighs a teacher, and there is no logit cache: run `kdprune-data cache`, or --alpha 0"
-            )
-        _check_labels(data, alpha)
-        seed = config.seed if config.view_seed is None else config.view_seed
-        policy = views.policy_for(data.sizes[data.usable()], data.classes, size=config.size, flip=config.flip, seed=seed)
-        return Lesson(DrawnViews(data, policy, config.views), {"from": "drawn", "count": config.views}, alpha, None)
-    cache = LogitCache.open(folder)
+    alpha = 0.0 if config.alpha == "auto" else _number(config.alpha)
+    if alpha:
+        raise UsageError(f"--alpha {config.alpha} weighs a teacher, and there is no logit cache: run `kdprune-data cache`, or --alpha 0")
+    _check_labels(data, alpha)
+    seed = config.seed if config.view_seed is None else config.view_seed
+    policy = views.policy_for(data.sizes[data.usable()], data.classes, size=config.size, flip=config.flip, seed=seed)
+    return Lesson(DrawnViews(data, policy, config.views), {"from": "drawn", "count": config.views}, alpha)
+
+
+def _lesson(config: DistillConfig, data: Dataset, cache: LogitCache) -> Lesson:
+    """Cached views with soft labels."""
+    from kdprune_data.learn.losses import auto_alpha
+    from kdprune_data.learn.stream import cached_views
+
     _check_asked(config, data, cache)
     source = cached_views(data, cache, config.views)
     kept = _workspace.root_fraction(data.manifest.as_input("data"))
@@ -114,7 +125,7 @@ def _lesson(config: DistillConfig, data: Dataset) -> Lesson:
     provisional = " (auto, provisional)" if config.alpha == "auto" else ""
     say(f"alpha {alpha:g}{provisional}, temperature {config.temperature:g}, kept fraction {kept:g}, {source.count} cached views")
     files = [{"path": f.path, "sha256": f.sha256} for f in cache.manifest.files if _holds(f.path, source.count)]
-    return Lesson(source, {"from": "cache", "count": source.count, "files": files}, alpha, cache)
+    return Lesson(source, {"from": "cache", "count": source.count, "files": files}, alpha)
 
 
 def _holds(path: str, count: int) -> bool:
@@ -124,15 +135,26 @@ def _holds(path: str, count: int) -> bool:
 
 def _find_logits(config: DistillConfig, data: Dataset) -> Path | None:
     if config.logits == "none":
+        if config.teacher is not None:
+            raise UsageError("--teacher chooses a logit cache and --logits none takes none: give one of the two")
         return None
     if config.logits is not None:
         return Path(config.logits)
     contents = _workspace.contents(data.manifest.as_input("data"))
-    fits = _workspace.candidates(_workspace.LOGITS, lambda m: m.content in contents)
-    if not fits:
+    asked = None if config.teacher is None else Manifest.load(config.teacher, kinds=("model",)).digest
+
+    def fits(cache: Manifest) -> bool:
+        return cache.content in contents and (asked is None or cache.ancestor("teacher")["digest"] == asked)
+
+    if not _workspace.candidates(_workspace.LOGITS, fits):
+        if config.teacher is not None:
+            raise MismatchError(
+                f"no cache in {_workspace.LOGITS}/ holds what {config.teacher} says of {data.folder}: "
+                f"run `kdprune-data cache {data.folder} --teacher {config.teacher}`"
+            )
         say(f"no logit cache for {data.folder} in logits/: labels only (run `kdprune-data cache` to distil)")
         return None
-    return _workspace.one(None, _workspace.LOGITS, "--logits", lambda m: m.content in contents)
+    return _workspace.one(None, _workspace.LOGITS, "--logits", fits)
 
 
 def _number(alpha: str) -> float:
@@ -171,22 +193,16 @@ def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> Non
         check_policy(cache, views.policy_for(sizes, data.classes, size=config.size or there.size, flip=flip, seed=seed))
 
 
-def _train(config: DistillConfig, build: Build, lesson: Lesson, images: Images, net: Any, val: Path | None) -> Manifest:
-    from kdprune_data.learn.inference import Predictor, choose_device
+def _train(config: DistillConfig, build: Build, lesson: Lesson, images: Images, student: Predictor, val: Path | None) -> Manifest:
     from kdprune_data.learn.loop import Hooks, Training
     from kdprune_data.learn.losses import distillation
     from kdprune_data.learn.stream import Feed
-    from kdprune_data.learn.views import Normalisation
 
     data = images.data
-    stored = build.identity.config["normalisation"]
-    normalisation = Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
-    device = choose_device(config.device)
-    training = Training(
-        net, Feed(images, lesson.views, config.batch, config.seed, config.jobs), config.recipe(), normalisation=normalisation, device=device
-    )
+    feed = Feed(images, lesson.views, config.batch, config.seed, config.jobs)
+    training = Training(student.net, feed, config.recipe(), normalisation=student.normalisation, device=student.device)
     _training.announce(config.model, training)
-    validate = _training.validator(val, Predictor(net, normalisation, lesson.views.policy.size, device), data)
+    validate = _training.validator(val, student, data)
     hooks = Hooks(validate=validate, validate_every=max(1, training.plan.epochs // 30))
     keep = _training.kept_epochs(config.keep_epochs, training.plan.epochs) if config.keep_epochs else []
     alpha, tau = lesson.alpha, config.temperature

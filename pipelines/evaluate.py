@@ -51,11 +51,12 @@ def run(config: EvaluateConfig) -> Outcome:
         "per_class": per_class,
     }
     shown = [(name, share) for name, share in per_class.items() if share is not None]
-    if len(shown) > SHOWN_CLASSES:
+    there = len(shown)  # a class without samples has no share and no row
+    if there > SHOWN_CLASSES:
         shown = sorted(shown, key=lambda one: one[1])[:SHOWN_CLASSES]
     width = max(len(name) for name, _ in shown)
     rows = "\n".join(f"  {name:<{width}}  {share:7.2%}" for name, share in shown)
-    left = f"\n  (the {SHOWN_CLASSES} lowest of {len(names)}; all with --json)" if len(names) > len(shown) else ""
+    left = f"\n  (the {SHOWN_CLASSES} lowest of {there}; all with --json)" if there > len(shown) else ""
     text = (
         f"{config.model} on {data.folder} ({count(found.samples, 'sample')}): accuracy {found.accuracy:.2%}, "
         f"worst class {names[found.worst]} {found.per_class[found.worst]:.2%}, cross-entropy {found.loss:.4f}\n{rows}{left}"

@@ -1,6 +1,7 @@
 """`import`: any labelled images -> WebDataset shards and their index.
 
-1. Open the source (Parquet, class folders, digits) and check its classes against the train split's.
+1. Open the source (Parquet, class folders, digits). A val or test split takes the class list of the train split beside it, and may lack
+   samples of some classes; one that has others is refused.
 2. Read it once, in its own order, into a shuffle that holds at most `--memory`.
 3. Write the samples in hash order, image bytes untouched, into shards of `data/SPLIT`; with `--holdout RATE`, the samples with the smallest
    holdout hashes into `data/val` instead.
@@ -27,8 +28,8 @@ from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError, some
 from kdprune_data.formats import dataset
-from kdprune_data.formats.build import Build, Identity
-from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.build import SPOOL, Build, Identity
+from kdprune_data.formats.manifest import NAME, Manifest
 from kdprune_data.formats.shards import Limits, Sample, ShardWriter
 from kdprune_data.images import EXTENSIONS
 from kdprune_data.share.cards import Card, dataset_card
@@ -43,7 +44,9 @@ class ImportConfig(Config):
     source: str = option(help="A Parquet file (or a folder of them), a folder of class folders, or the word digits.", argument=True)
     split: str = option("train", help="Which split this is.", choices=("train", "val", "test"))
     holdout: str | None = option(None, help="Fraction of train to set apart as val, chosen by hash (0.1 = a tenth).")
-    out: Path | None = option(None, help="Exact folder to write; default data/SPLIT.")
+    out: Path | None = option(
+        None, help="Exact folder to write; default data/SPLIT. With --holdout, val is written beside it: to the folder val."
+    )
     image_column: str | None = option(None, help="Parquet: the column that holds the images.")
     label_column: str | None = option(None, help="Parquet: the column that holds the labels.")
     on_bad: str = option("error", help="Images that do not decode: stop, or keep them in the shards, unused.", choices=("error", "keep"))
@@ -57,11 +60,12 @@ class ImportConfig(Config):
 
 def run(config: ImportConfig) -> Outcome:
     """Import a source. Raises UsageError, SourceError and ExistsError, with nothing half-made left visible."""
-    source = open_source(config.source, SourceOptions(config.split, config.image_column, config.label_column))
+    source = open_source(config.source, SourceOptions(config.split, config.image_column, config.label_column, _train_classes(config)))
     rate = _rate(config, len(source))
     folders = {config.split: config.out or DATA / config.split}
     if rate:
         folders["val"] = folders["train"].parent / "val"
+        say(f"train: {folders['train']}; val ({rate} of it): {folders['val']}")
     check_classes(config.split, folders[config.split], source.classes)
     with ExitStack() as stack:
         builds = {split: stack.enter_context(_begin(config, split, folder, source, rate)) for split, folder in folders.items()}
@@ -72,6 +76,12 @@ def run(config: ImportConfig) -> Outcome:
             say("already done")
     facts = {split: {"folder": str(folders[split]), "content": m.content, "counts": m.counts} for split, m in manifests.items()}
     return Outcome(folders[config.split], facts, "\n".join(_describe(folders[split], m) for split, m in manifests.items()))
+
+
+def _train_classes(config: ImportConfig) -> Sequence[str]:
+    """The classes of the train split that a val or test split goes beside, if there is one."""
+    train = (config.out or DATA / config.split).parent / "train"
+    return () if config.split == "train" or not (train / NAME).is_file() else Manifest.load(train, kinds=("dataset",)).classes
 
 
 def _made(config: ImportConfig, builds: dict[str, Build], source: Source, rate: Decimal | None) -> dict[str, Manifest]:
@@ -111,7 +121,7 @@ def _begin(config: ImportConfig, split: str, folder: Path, source: Source, rate:
 
 def _write(config: ImportConfig, builds: dict[str, Build], source: Source, rate: Decimal | None) -> dict[str, Manifest]:
     """Shuffle the source and write every split that is not done."""
-    scratch = next(b for b in builds.values() if b.done is None).scratch("spool")
+    scratch = next(b for b in builds.values() if b.done is None).scratch(SPOOL)
     shuffle = Shuffle(scratch, seed=config.seed, memory=config.memory, expected_bytes=source.bytes)
     say(f"reading {config.source}: {count(len(source), 'sample')}, {count(len(source.classes), 'class')}, {megabytes(source.bytes)}")
     if source.left_out:

@@ -237,14 +237,15 @@ def test_columns_told_in_prose() -> None:
 
 
 def test_purposes_of_order() -> None:
-    """The purposes listed are those that the code hashes with (what follows a slash is a number)."""
+    """The purposes listed are those that the code hashes with, and derives seeds for (of what follows a slash, numbers are left out)."""
     told = {name for row in rows_after(FORMATS, "| purpose |") for name in SPAN.findall(row[0])}
     used = set()
     for path in SOURCES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("order_hash"):
-                used |= set(strings(node.args[2]))
-    assert {re.sub("/.*", "", purpose) for purpose in told} == {re.sub("/.*", "", purpose) for purpose in used}
+            for function, place in (("order_hash", 2), ("order.derived", 1)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(function):
+                    used |= set(strings(node.args[place]))
+    assert {re.sub("/[A-Z]$", "/", purpose) for purpose in told} == {purpose.removesuffix(FILLED) for purpose in used}
 
 
 def test_scores_in_formats() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 import zlib
 from pathlib import Path
 
@@ -51,6 +52,29 @@ def test_every_mode_is_converted_as_pillow_does(photo: Image.Image, form: str, m
     found = images.decode(data)
     assert (found.dtype, found.shape) == (np.uint8, (24, 24, 3))
     assert np.array_equal(found, by_pillow(data))
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_a_palette_with_transparency_is_converted_in_silence(photo: Image.Image, form: str) -> None:
+    """Pillow would warn, and warnings are errors here."""
+    palette = photo.convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
+    data = saved(palette, form, transparency=bytes(range(0, 256, 16)) if form == "PNG" else 3)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        wanted = by_pillow(data)
+    assert [str(w.message)[:32] for w in met] == (["Palette images with Transparency"] if form == "PNG" else [])
+    assert np.array_equal(images.decode(data), wanted)
+
+
+@pytest.mark.parametrize(("form", "mode"), [("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB")])
+def test_a_large_image_is_decoded_in_silence(photo: Image.Image, form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns above its limit, here 300 pixels. Ours alone counts; the user's own code is still warned."""
+    data = saved(photo.convert(mode), form)
+    wanted = by_pillow(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    assert np.array_equal(images.decode(data), wanted)
+    with pytest.warns(Image.DecompressionBombWarning):
+        by_pillow(data)
 
 
 @pytest.mark.parametrize("settings", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"quality": 30}, {"optimize": True}])

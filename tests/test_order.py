@@ -94,6 +94,18 @@ def test_seed_out_of_range_is_refused(seed: int) -> None:
         order.order_hash(order.uids_of(["a"]), seed, "select")
 
 
+@pytest.mark.parametrize(
+    ("seed", "purpose"), [(0, "init/teacher"), (0, "init/student"), (1, "init/teacher"), (7, "dropout/0"), (2**64 - 1, "views/teacher")]
+)
+def test_derived_seeds(seed: int, purpose: str) -> None:
+    assert order.derived(seed, purpose) == ref_hash(ref_uid(""), seed, purpose) >> 1 < 2**63
+
+
+def test_derived_seeds_differ() -> None:
+    purposes = ["init/teacher", "init/student", "views/teacher", *(f"dropout/{epoch}" for epoch in range(50))]
+    assert len({order.derived(seed, purpose) for seed in range(50) for purpose in purposes}) == 50 * len(purposes)
+
+
 def test_unit_is_exact_and_below_one() -> None:
     hashes = np.array([0, 2047, 2048, 2**63, WORD - 1, 0x123456789ABCDEF0], np.uint64)
     assert [Fraction(u) for u in order.unit(hashes).tolist()] == [Fraction(h >> 11, 2**53) for h in hashes.tolist()]

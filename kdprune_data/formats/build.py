@@ -29,6 +29,9 @@ from kdprune_data.errors import ExistsError, KdpruneError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.manifest import PARTIAL, File, Manifest
 
+SPOOL = "spool"
+"""Scratch that no later run continues from; any other scratch is work."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -243,7 +246,9 @@ class Build:
 
     def _is_bare(self) -> bool:
         """Nothing has been made yet: there is no work that another run could continue."""
-        return not self._parts and self.folder.is_dir() and [p.name for p in self.folder.iterdir()] == [PARTIAL]
+        if self._parts or not self.folder.is_dir() or [p.name for p in self.folder.iterdir()] != [PARTIAL]:
+            return False
+        return {p.name for p in (self.folder / PARTIAL).iterdir()} <= {"identity.json", "lock", "parts", SPOOL}
 
 
 def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manifest:

@@ -255,9 +255,9 @@ def _own(name: str, classes: int, code: str | None) -> nn.Module:
         try:
             model = getattr(importlib.import_module(module), function)(classes)
         except Exception as error:  # it is anybody's code and may raise anything
-            raise UsageError(f"--code {name} failed: {type(error).__name__}: {first_line(error)}") from error
+            raise UsageError(f"your own function {name!r} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"--code {name} returned {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(f"your own function {name!r} returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 

@@ -225,7 +225,7 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
         data = Dataset.open(subset)
         images = Images(data)
         # In shared memory: persistent workers hold a copy of this object, made before the next `set_epoch`.
-        self._epoch = torch.tensor(epoch).share_memory_()
+        self._epoch = torch.tensor(epoch).share_memory_()  # type: ignore[no-untyped-call]  # torch's stub lacks it
         self.normalisation = normalisation_of(images)
         self._feed = Feed(images, _view_source(data, logits, seed, views), batch_size, seed)
 

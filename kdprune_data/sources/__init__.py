@@ -25,11 +25,11 @@ def open_source(where: str, options: SourceOptions) -> Source:
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
         from kdprune_data.sources.parquet import ParquetSource
 
-        return ParquetSource(path, image_column=options.image_column, label_column=options.label_column)
+        return ParquetSource(path, options)
     if path.is_dir():
         from kdprune_data.sources.folder import FolderSource
 
-        return FolderSource(path)
+        return FolderSource(path, options.train)
     if path.suffix == ".tar":
         raise UsageError(f"source {where!r} is a tar: use `kdprune-data index {where} --out DIR` to take WebDataset shards in place")
     raise UsageError(

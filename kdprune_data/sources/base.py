@@ -25,11 +25,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source may need to know."""
+    """What a source may need to know. `train`: for another split, the classes of the train split that it goes with."""
 
     split: str
     image_column: str | None = None
     label_column: str | None = None
+    train: Sequence[str] = ()
 
 
 class Source(Protocol):
@@ -67,6 +68,16 @@ class Source(Protocol):
 def listing(files: Iterable[tuple[str, int]]) -> str:
     """sha256 (hex) over `name NUL bytes LF` of a source's files: tells two sources apart without reading them, or naming their place."""
     return hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in files).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def classes_of(own: Sequence[str], train: Sequence[str]) -> Sequence[str]:
+    """The class list of a split whose own is `own`: train's where that holds them all, as a val or test split may lack a class.
+
+    >>> classes_of(["cat", "dog"], ["ant", "cat", "dog"]), classes_of(["cat", "eel"], ["ant", "cat"])
+    (['ant', 'cat', 'dog'], ['cat', 'eel'])
+    """
+    plain = len(set(own)) == len(own) and len(set(train)) == len(train)  # ImageNet has two classes named `crane`: no name tells which
+    return train if plain and set(own) <= set(train) else own
 
 
 def is_inside(path: str) -> bool:

@@ -1,4 +1,7 @@
-"""A folder of class folders: `CLASS/anything/image.jpg`. Classes are the first-level folder names, sorted."""
+"""A folder of class folders: `CLASS/anything/image.jpg`. Classes are the first-level folder names, sorted.
+
+A first-level folder that is empty is a class without samples; one that holds only files of another kind is none.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdprune_data.errors import SourceError
-from kdprune_data.sources.base import Item, key_of, listing
+from kdprune_data.sources.base import Item, classes_of, key_of, listing
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -19,8 +22,9 @@ class FolderSource:
 
     name = "folder"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, train: Sequence[str] = ()) -> None:
         self.root = root
+        self.train = train
 
     @cached_property
     def _walk(self) -> tuple[list[tuple[str, int]], list[str]]:
@@ -55,17 +59,30 @@ class FolderSource:
         return self._walk[1]
 
     @cached_property
-    def classes(self) -> Sequence[str]:
-        """The names of the first-level folders that hold images, sorted."""
-        found = sorted({path.split("/", 1)[0] for path, _ in self._files})
+    def _empty(self) -> list[str]:
+        """The first-level folders in which no file stands, sorted."""
+        filled = {path.split("/", 1)[0] for path in [*(path for path, _ in self._files), *self.left_out]}
+        return sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in filled)
+
+    @cached_property
+    def _own(self) -> Sequence[str]:
+        """The names of the class folders, sorted."""
+        found = sorted({path.split("/", 1)[0] for path, _ in self._files} | set(self._empty))
         for name in found:
             if not _is_utf8(name):
                 raise SourceError(f"{self.root} has the class folder {name!r}, whose name is not UTF-8: rename it")
         return found
 
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the class folders, sorted; or train's classes, where those are among them."""
+        return classes_of(self._own, self.train)
+
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
-        return {"source": self.name, "source_files": listing(self._files)}
+        files = listing([*self._files, *((f"{name}/", 0) for name in self._empty)])
+        taken = {} if list(self.classes) == list(self._own) else {"classes": list(self.classes)}
+        return {"source": self.name, "source_files": files} | taken
 
     def __len__(self) -> int:
         return len(self._files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -10,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
-from kdprune_cli.main import COMMANDS, call
+from kdprune_cli.main import COMMANDS, call, group
 
 from kdprune_data.formats.manifest import Manifest
 
@@ -36,7 +38,24 @@ def refused(kdprune: Cli, folder: Path, line: list[Any], code: int = 2) -> str:
     assert "report it" not in lines[0]  # what an error that nobody thought of says
     assert ran.out == ""
     assert listing(folder) == before
+    check_advice(lines[0], [str(one) for one in line])
     return lines[0].removeprefix("error: ")
+
+
+def check_advice(said: str, line: list[str]) -> None:
+    """What a refusal tells to use is an option of the command (or of the one in backticks, or what was typed)."""
+    if line[0] not in COMMANDS:
+        return
+    for other in re.findall(r"`kdprune-data (.*?)`", said):
+        assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", other)) <= options(other.split()[0]), said
+    own = set(re.findall(r"(?<!\w)--[a-z][a-z-]*", re.sub(r"`.*?`", "", said)))
+    assert own <= options(line[0]) | {one for one in line if one.startswith("--")}, said
+
+
+def options(name: str) -> set[str]:
+    command = group.get_command(click.Context(group), name)  # type: ignore[attr-defined]  # click hides that this is a Group
+    assert command is not None
+    return {"--help", *(flag for parameter in command.params for flag in parameter.opts)}
 
 
 # --- in an empty workspace
@@ -117,7 +136,7 @@ FULL: list[tuple[list[str], str]] = [
     (["teacher", "--model", "resnet-20"], "unknown model 'resnet-20'; did you mean 'resnet20'?"),
     (["teacher", "--model", "resnet8", "--size", "0"], "--size 0 is too small"),
     (["teacher", "--model", "vit_b_16"], "cannot read images of 8 pixels"),
-    (["teacher", "--model", "nowhere_at_all:tiny", "--steps", "1"], "--code nowhere_at_all:tiny failed: ModuleNotFoundError"),
+    (["teacher", "--model", "nowhere_at_all:tiny", "--steps", "1"], "your own function 'nowhere_at_all:tiny' failed: ModuleNotFoundError"),
     (["teacher", "--model", "resnet8", "--mean", "0.5"], "--mean and --std go together"),
     (["teacher", "--model", "resnet8", "--epochs", "2", "--keep-epochs", "3"], "--keep-epochs 3 is after the end: training has 2 epochs"),
     (["teacher", "--model", "resnet8", "--epochs", "2", "--out", "a", "--name", "b"], "--out and --name were both given"),

@@ -340,3 +340,11 @@ def test_an_interrupted_replacement_continues_and_then_the_old_one_is_gone(tmp_p
         assert build.finished("a.bin") == {}
         finish(build)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_scratch_that_a_run_can_continue_from_outlives_a_refusal(tmp_path: Path) -> None:
+    with pytest.raises(SourceError), Build.begin(tmp_path / "x", identity()) as build:
+        build.write_scratch("state", b"an hour of training")
+        raise SourceError("a shard was changed")
+    with Build.begin(tmp_path / "x", identity()) as build:
+        assert build.scratch("state").read_bytes() == b"an hour of training"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdprune_data.errors import FormatError, KdpruneError, UsageError
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.learn import loop, models
+from kdprune_data.learn import inference, loop, models
 from kdprune_data.learn.dynamics import Recorder
 from kdprune_data.learn.loop import Checkpoint, Hooks, Plan, Recipe, Training
 from kdprune_data.learn.stream import Batch, DrawnViews, Feed, Images
@@ -375,3 +375,21 @@ def test_the_recorder_takes_one_class() -> None:
     recorder.observe(batch_of([0], [0]), torch.tensor([[3.0]]))
     found = recorder.take(np.arange(1))
     assert [found[k].item() for k in ("p_true", "loss", "logit_margin", "correct")] == [1, 0, 3, True]
+
+
+# --- devices
+
+
+def test_cuda_is_made_exact() -> None:
+    """Full float32, and the same kernels every time; the flags can be set where there is no GPU."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = True, True, True, False
+    inference._make_exact()
+    assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (False, False, False, True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_choosing_cuda_makes_it_exact(name: str) -> None:
+    assert inference.choose_device(name).type == "cuda"
+    assert not torch.backends.cudnn.allow_tf32

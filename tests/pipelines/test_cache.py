@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from kdprune_pipelines import _models
+from kdprune_pipelines import _models, cache
 from PIL import Image
 
 from kdprune_data.formats import logits as cached
@@ -77,6 +77,7 @@ def test_rows(chain: Path) -> None:
         assert table.schema.equals(cached.ROWS_SCHEMA)
         assert table["id"].to_pylist() == data.ids[rows].tolist()
         assert table["label"].to_pylist() == data.labels[rows].tolist()
+        assert np.stack([table["height"], table["width"]], 1).tolist() == data.sizes[rows].tolist()
         assert table["sha256"].to_pylist() == [digest.tobytes() for digest in data.sha256[rows]]
         assert table["top1_correct"].to_pylist() == correct[rows].tolist()
 
@@ -158,6 +159,18 @@ def test_batch_and_jobs_change_nothing(chain_copy: Path, kdprune: Cli, digests: 
         assert a.logits.astype(np.float32) == pytest.approx(b.logits.astype(np.float32), rel=2e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize(("decoded", "rendered"), [(1, 1), (5, 2000), (1000, 10**9)])
+def test_memory_changes_nothing(
+    chain_copy: Path, kdprune: Cli, digests: Digests, monkeypatch: pytest.MonkeyPatch, decoded: int, rendered: int
+) -> None:
+    """However few samples are decoded or rendered at once, the bytes are the same."""
+    monkeypatch.setattr(cache, "DECODED_AT_ONCE", decoded)
+    monkeypatch.setattr(cache, "RENDERED_BYTES", rendered)
+    ran = kdprune("cache", "--views", 3, "--name", "again", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    assert digests(chain_copy / "logits/again") == digests(chain_copy / CACHE)
+
+
 def test_a_cache_of_everything_holds_what_a_subset_s_does(chain_copy: Path, kdprune: Cli) -> None:
     """A view is a function of (seed, id, view): the other samples of a set, and its shards, do not matter."""
     assert kdprune("cache", "data/train", "--views", 3, cwd=chain_copy).code == 0
@@ -192,6 +205,7 @@ def test_each_column_takes_the_narrowest_integer(tmp_path: Path, kdprune: Cli, c
     data = Dataset.open(tmp_path / "data/train")
     policy = Policy.from_dict(LogitCache.open(folder).policy)
     assert policy.kind == "resized-crop"
+    assert LogitCache.open(folder).rows(0)["width"].to_pylist() == data.sizes[:, 1].tolist()
     drawn = [views.geometry(policy, data.uids, data.sizes, view) for view in range(30)]
     for side in ("top", "left", "height", "width"):
         values = np.stack([getattr(boxes, side) for boxes in drawn])

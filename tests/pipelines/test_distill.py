@@ -15,14 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdprune_data import order
 from kdprune_data.formats import logits as cached
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
+from kdprune_data.learn import models
 from kdprune_data.learn.stream import Feed, Images, cached_views
 
 Cli = Callable[..., Any]
 Digests = Callable[[Path], dict[str, str]]
+TEACHER = Path("teachers/resnet8-s0")
 SUBSET, CACHE = Path("subsets/random-0.5-s0"), Path("logits/random-0.5-s0--resnet8-s0")
 STUDENT = Path("students/random-0.5-s0--resnet8-a0.6204-s0")
 SHORT = ["--model", "resnet8", "--steps", 8, "--batch", 16]
@@ -58,8 +61,8 @@ def shown(workspace: Path, cache: Path = CACHE, epoch: int = 0) -> torch.Tensor:
     """What a student of the subset sees in an epoch, in the subset's order: uint8 of shape (n, 3, 8, 8)."""
     data = Dataset.open(workspace / SUBSET)
     batches = list(Feed(Images(data), cached_views(data, LogitCache.open(workspace / cache)), 16, 0).epoch(epoch))
-    order = np.argsort(np.concatenate([b.rows for b in batches]))
-    return torch.cat([b.images for b in batches])[order]
+    by_row = np.argsort(np.concatenate([b.rows for b in batches]))
+    return torch.cat([b.images for b in batches])[by_row]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,8 +87,10 @@ def test_the_folder(chain: Path) -> None:
     assert config["policy"] == cache.config["policy"]
     assert [(i["role"], i["digest"]) for i in manifest.inputs] == [
         ("data", Manifest.load(chain / SUBSET).digest),
-        ("logits", cache.digest),
+        ("teacher", Manifest.load(chain / TEACHER).digest),
+        ("val", Manifest.load(chain / "data/val").digest),
     ]
+    assert config["precision"] == "float32"
     rows = [json.loads(line) for line in (chain / STUDENT / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["steps"], row["samples"]) for row in rows] == [(1, 4, 54), (2, 8, 54), (3, 12, 54), (4, 16, 54)]
 
@@ -97,6 +102,28 @@ def test_a_student_cites_the_files_it_reads(chain_copy: Path, kdprune: Cli) -> N
         assert ran.code == 0, ran.err
         views = Manifest.load(chain_copy / f"students/of-{count}").config["views"]
         assert (views["count"], len(views["files"])) == (count, files)
+
+
+def test_views_added_later_make_no_other_student(chain_copy: Path, kdprune: Cli) -> None:
+    line = ["distill", *SHORT, "--views", 2]
+    assert kdprune(*line, cwd=chain_copy).code == 2  # `chain` holds its student of three views under this name
+    assert kdprune(*line, "--name", "two", cwd=chain_copy).code == 0
+    assert kdprune("cache", "--views", 4, cwd=chain_copy).code == 0
+    ran = kdprune(*line, "--name", "two", cwd=chain_copy)
+    assert (ran.code, "already done" in ran.err) == (0, True), ran.err
+    ran = kdprune("distill", *SHORT, "--views", 4, "--name", "two", cwd=chain_copy)
+    assert (ran.code, "views.count is 2, now 4" in ran.err) == (2, True)
+
+
+def test_a_student_starts_from_weights_of_its_own(chain_copy: Path, kdprune: Cli) -> None:
+    """As good as untrained: with a learning rate of nothing they are the first weights, and not those of the teacher of that seed."""
+    still = ["--model", "resnet8", "--steps", 1, "--lr", 0, "--seed", 3]
+    assert kdprune("distill", *still, "--name", "still", cwd=chain_copy).code == 0
+    assert kdprune("teacher", *still, "--name", "still", cwd=chain_copy).code == 0
+    student, teacher = (weights(chain_copy / kind / "still") for kind in ("students", "teachers"))
+    fresh = models.build(models.resolve("resnet8", classes=10, size=8), seed=order.derived(3, "init/student"))
+    assert all(torch.equal(student[k], v) for k, v in fresh.named_parameters())
+    assert not torch.equal(student["linear.weight"], teacher["linear.weight"])
 
 
 @pytest.mark.parametrize("alpha", ["0", "0.5", "1"])
@@ -120,7 +147,7 @@ def test_labels_only(chain_copy: Path, kdprune: Cli, name: str | None) -> None:
     assert ran.code == 0, ran.err
     manifest = Manifest.load(chain_copy / f"students/{name or 'random-0.5-s0--resnet8-a0-s0'}")
     assert (manifest.config["alpha"], manifest.config["views"]) == (0.0, {"from": "drawn", "count": None})
-    assert [i["role"] for i in manifest.inputs] == ["data"]
+    assert [i["role"] for i in manifest.inputs] == ["data", "val"]
 
 
 def test_labels_only_on_the_cached_views_is_alpha_0(chain_copy: Path, kdprune: Cli) -> None:
@@ -148,7 +175,8 @@ def test_a_cache_of_everything_serves_a_subset(chain_copy: Path, kdprune: Cli) -
     ran = kdprune("distill", *SHORT, "--name", "of-all", cwd=chain_copy)
     assert ran.code == 0, ran.err
     assert "logit cache: logits/all" in ran.err
-    assert Manifest.load(chain_copy / "students/of-all").ancestor("logits")["name"] == "all"
+    cited = Manifest.load(chain_copy / "students/of-all").config["views"]["files"]
+    assert cited == [{"path": f.path, "sha256": f.sha256} for f in Manifest.load(chain_copy / "logits/all").files]
 
 
 @pytest.mark.parametrize("frac", ["0.5", "1"])
@@ -209,7 +237,8 @@ def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Digests)
         (["--flip", "on"], 1, "another policy (flip is False, asked True)"),
         (["--size", "16"], 1, "another policy"),
         (["--view-seed", "1"], 1, "another policy (seed is 0, asked 1)"),
-        (["--teacher", "teachers/other"], 1, "holds the logits of teacher resnet8-s0"),
+        (["--teacher", "teachers/other"], 1, "no cache in logits/ holds what teachers/other says of subsets/random-0.5-s0: run"),
+        (["--teacher", "teachers/other", "--logits", CACHE], 1, "holds the logits of teacher resnet8-s0"),
         (["--teacher", "data/train"], 2, "expected model"),
         (["--logits", "scores/resnet8-s0"], 2, "expected logits"),
         (["--logits", "nowhere"], 2, "nowhere does not exist"),
@@ -253,6 +282,53 @@ def test_several_caches_are_listed(chain_copy: Path, kdprune: Cli) -> None:
     ran = kdprune("distill", *SHORT, cwd=chain_copy)
     assert ran.code == 2
     assert f"several in logits/ fit: {CACHE.name}, second; say which with --logits" in ran.err
+
+
+def test_the_cache_is_that_of_the_teacher_asked_for(chain_copy: Path, kdprune: Cli) -> None:
+    other = "teachers/resnet8-s1"
+    assert kdprune("teacher", "--model", "resnet8", "--steps", 2, "--batch", 16, "--seed", 1, cwd=chain_copy).code == 0
+    assert kdprune("cache", "--views", 1, "--teacher", other, cwd=chain_copy).code == 0
+    assert kdprune("distill", *SHORT, cwd=chain_copy).code == 2  # two fit
+    for teacher in (TEACHER, Path(other)):
+        ran = kdprune("distill", *SHORT, "--teacher", teacher, "--name", f"of-{teacher.name}", cwd=chain_copy)
+        assert ran.code == 0, ran.err
+        found = Manifest.load(chain_copy / f"students/of-{teacher.name}").ancestor("teacher")
+        assert found["digest"] == Manifest.load(chain_copy / teacher).digest
+
+
+def test_images_wider_than_a_byte_can_say(tmp_path: Path, kdprune: Cli) -> None:
+    """Eight photographs' worth of digits at 160 pixels, all of one size: boxes stored in bytes and shorts, sums of them beyond either."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    for n, one in enumerate(load_digits().images[:8]):
+        path = tmp_path / "large" / str(n % 2) / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((one * 15).astype(np.uint8)).resize((160, 160)).save(path)
+    for line in (
+        ["import", "large"],
+        ["teacher", "--model", "resnet8", "--epochs", 1, "--batch", 8, "--size", 160],
+        ["select", "--frac", 1],
+        ["cache", "--views", 1],
+        ["distill", "--model", "resnet8", "--steps", 1],
+        ["verify", "logits/random-1-s0--resnet8-s0"],
+    ):
+        ran = kdprune(*line, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+    data, cache = Dataset.open(tmp_path / "data/train"), LogitCache.open(tmp_path / "logits/random-1-s0--resnet8-s0")
+    found = cache.join(Dataset.open(tmp_path / "subsets/random-1-s0")).read(np.arange(8), 0)
+    assert {getattr(found, side).dtype for side in cached.GEOMETRY} == {np.dtype(np.int32)}
+    assert pa.types.is_int8(pa.ipc.open_file(cache.folder / cached.view_path(0, 0, 0)).schema.field("top").type)
+    assert (found.top.min() < 0, (found.top + found.height).max() > 160, len(data)) == (True, True, 8)
+
+
+@pytest.mark.parametrize(
+    "line", [["distill", "nowhere"], ["distill", "--logits", "nowhere"], ["cache", "nowhere"], ["cache", "--teacher", "no"]]
+)
+def test_missing_inputs_are_told_before_torch_is_imported(chain: Path, started: Cli, line: list[str]) -> None:
+    running = started(*line, cwd=chain, first="import sys; sys.modules['torch'] = None")  # importing it would fail
+    _, err = running.communicate()
+    assert (running.returncode, "does not exist" in err) == (2, True), err
 
 
 def relabelled(source: Path, folder: Path) -> None:
@@ -321,6 +397,29 @@ def test_a_geometry_edited_by_hand_changes_the_pixels(chain_copy: Path, kdprune:
     verified = kdprune("verify", CACHE, cwd=chain_copy)
     assert verified.code == 1
     assert f"the box of {data.ids[row]!r} is not the one its policy draws" in verified.out
+
+
+@pytest.mark.parametrize(("side", "by", "whole"), [("left", 1, True), ("width", 2, False), ("top", -2, False), ("flip", 1, False)])
+def test_resized_crops_are_held_to_their_policy(tmp_path: Path, kdprune: Cli, class_folders: Path, side: str, by: int, whole: bool) -> None:
+    """Within the pixel by which machines may differ."""
+    for line in (
+        ["import", class_folders],
+        ["teacher", "--model", "resnet8", "--steps", 1, "--batch", 8, "--size", 8],
+        ["cache", "data/train", "--views", 3],
+    ):
+        assert kdprune(*line, cwd=tmp_path).code == 0
+    folder = tmp_path / "logits/train--resnet8-s0"
+    assert LogitCache.open(folder).policy["kind"] == "resized-crop"
+
+    def edit(columns: dict[str, Any], view: int) -> None:
+        if view == 2:
+            columns[side][7] = not columns[side][7] if side == "flip" else columns[side][7] + by
+
+    rewritten(folder, PART, edit)
+    named = Dataset.open(tmp_path / "data/train").ids[7]
+    ran = kdprune("verify", folder, cwd=tmp_path)
+    assert ran.code == (0 if whole else 1), ran.out
+    assert (f"view 2 of shard 0: the box of {named!r} is not the one its policy draws" in ran.out) != whole
 
 
 @pytest.mark.parametrize("side", ["left", "flip"])
@@ -415,3 +514,9 @@ def test_a_missing_or_shorter_file_is_refused(chain_copy: Path, kdprune: Cli) ->
         ran = kdprune("distill", *SHORT, "--name", "short", cwd=chain_copy)
         assert (ran.code, f"{path.name} is missing" in ran.err) == (1, True)
         path.write_bytes(kept)
+
+
+def test_a_teacher_without_a_cache_is_refused(chain: Path, kdprune: Cli) -> None:
+    ran = kdprune("distill", "--logits", "none", "--teacher", "teachers/resnet8-s0", cwd=chain)
+    assert (ran.code, ran.err.count("error:")) == (2, 1)
+    assert "give one of the two" in ran.err

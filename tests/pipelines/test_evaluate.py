@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,29 @@ def test_the_text_says_the_same(chain: Path, kdprune: Cli) -> None:
     assert f"worst class {found['worst_class']} {found['worst_class_accuracy']:.2%}" in text
     for name, share in found["per_class"].items():
         assert f"  {name}  {share:7.2%}" in text
+
+
+@pytest.mark.parametrize(("classes", "cut"), [(18, False), (23, True)])
+def test_rows_are_said_to_be_cut_only_when_they_are(tmp_path: Path, kdprune: Cli, small: Path, classes: int, cut: bool) -> None:
+    """25 classes, of which `classes` have samples."""
+    for split, n in (("train", 25), ("test", classes)):
+        for label in range(n):
+            folder = tmp_path / split / f"class-{label:02d}"
+            folder.mkdir(parents=True)
+            shutil.copy(small, folder / f"{label}.png")
+        assert kdprune("import", split, "--split", split, cwd=tmp_path).code == 0
+    assert kdprune("teacher", "--model", "resnet8", "--steps", "1", "--name", "t", cwd=tmp_path).code == 0
+    ran = kdprune("evaluate", "teachers/t", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert sum(line.startswith("  class-") for line in ran.out.splitlines()) == min(classes, 20)
+    assert (f"(the 20 lowest of {classes}; all with --json)" in ran.out) is cut
+    assert ("lowest of" in ran.out) is cut
+
+
+@pytest.fixture(scope="module")
+def small(few_digits: Path) -> Path:
+    """One real digit."""
+    return next((few_digits / "train" / "0").glob("*.png"))
 
 
 def test_it_writes_nothing(chain_copy: Path, kdprune: Cli, digests: Callable[[Path], dict[str, str]]) -> None:

@@ -253,12 +253,74 @@ def test_a_mended_source_can_be_imported(with_bad: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_another_split_must_have_the_classes_of_train(class_folders: Path, tmp_path: Path, split: str) -> None:
+def test_another_split_has_no_class_that_train_lacks(class_folders: Path, tmp_path: Path, split: str) -> None:
+    run(class_folders, tmp_path / "train")
+    (class_folders / "digit-3").rename(class_folders / "owl")
+    line = refusal(UsageError, class_folders, tmp_path / split, split=split)
+    assert f"the classes of this {split} split are not those of {tmp_path / 'train'}: 10 against 10, differing in digit-3, owl" in line
+    assert not (tmp_path / split).exists()
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_another_split_may_lack_samples_of_a_class(class_folders: Path, tmp_path: Path, empty: bool) -> None:
+    """It keeps train's classes and their numbers, whether the class's folder is gone or empty."""
     run(class_folders, tmp_path / "train")
     shutil.rmtree(class_folders / "digit-3")
-    line = refusal(UsageError, class_folders, tmp_path / split, split=split)
-    assert f"the classes of this {split} split are not those of {tmp_path / 'train'}: 9 against 10, differing in digit-3" in line
-    assert not (tmp_path / split).exists()
+    if empty:
+        (class_folders / "digit-3").mkdir()
+    run(class_folders, tmp_path / "test", split="test")
+    train, test = Dataset.open(tmp_path / "train"), Dataset.open(tmp_path / "test")
+    assert list(test.classes) == list(train.classes)
+    counts = train.manifest.counts["per_class"]
+    assert test.manifest.counts["per_class"] == [*counts[:3], 0, *counts[4:]]
+    for key, label in zip(test.ids.tolist(), test.labels.tolist(), strict=True):
+        assert test.classes[label] == key.split("/")[0]
+    assert ("classes" in test.manifest.config) is not empty
+
+
+def test_another_split_is_made_again_when_train_has_other_classes(class_folders: Path, tmp_path: Path) -> None:
+    run(class_folders, tmp_path / "test", split="test")
+    (class_folders / "an owl").mkdir()
+    run(class_folders, tmp_path / "train")
+    (class_folders / "an owl").rmdir()
+    assert "(classes is null, now [" in refusal(ExistsError, class_folders, tmp_path / "test", split="test")
+    run(class_folders, tmp_path / "test", split="test", overwrite=True)
+    assert list(Dataset.open(tmp_path / "test").classes) == list(Dataset.open(tmp_path / "train").classes)
+
+
+LABELS: list[tuple[list[Any], list[Any], list[int]]] = [
+    (["ant", "cat", "dog"], ["dog", "ant", None], [2, 0, -1]),
+    ([0, 1, 2], [1, 0, 1], [1, 0, 1]),
+]
+
+
+@pytest.mark.parametrize(("train", "test", "numbers"), LABELS)
+def test_labels_of_parquet_are_numbered_as_in_train(
+    tmp_path: Path, small_images: Images, train: list[Any], test: list[Any], numbers: list[int]
+) -> None:
+    for split, labels in (("train", train), ("test", test)):
+        pq.write_table(pa.table({"image": [data for data, _ in small_images[:3]], "label": labels}), tmp_path / f"{split}.parquet")
+        run(tmp_path / f"{split}.parquet", tmp_path / split, split=split)
+    read = Dataset.open(tmp_path / "test")
+    assert list(read.classes) == list(Dataset.open(tmp_path / "train").classes)
+    assert {int(i): label for i, label in zip(read.ids.tolist(), read.labels.tolist(), strict=True)} == dict(enumerate(numbers))
+
+
+def test_numbers_without_names_are_no_names_of_train(tmp_path: Path, small_images: Images) -> None:
+    """Sorted by the alphabet, `class 10` comes second: the number 1 would have become another class."""
+    for name in ("class 0", "class 1", "class 10"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        (tmp_path / "folders" / name / "a.png").write_bytes(small_images[1][0])
+    run(tmp_path / "folders", tmp_path / "train")
+    pq.write_table(pa.table({"image": [data for data, _ in small_images[:2]], "label": [0, 1]}), tmp_path / "test.parquet")
+    assert "2 against 3" in refusal(UsageError, tmp_path / "test.parquet", tmp_path / "test", split="test")
+
+
+def test_the_first_line_says_where_val_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("digits", tmp_path / "mine" / "train-b", holdout="0.1")
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"train: {tmp_path / 'mine' / 'train-b'}; val (0.1 of it): {tmp_path / 'mine' / 'val'}"
+    assert (tmp_path / "mine" / "val" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(

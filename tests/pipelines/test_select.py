@@ -514,7 +514,7 @@ def test_a_card_says_what_it_is(train: Path, tmp_path: Path) -> None:
     run(train, tmp_path / "x", frac="0.1")
     card = (tmp_path / "x" / "README.md").read_text()
     assert card.startswith("---\nconfigs:\n")
-    assert "129 samples in 1 WebDataset shards, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card
+    assert "129 samples in 1 WebDataset shard, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card
     assert f"(content `{Manifest.load(train).content}`) by random, fraction 0.1, seed 0." in card
     assert json.loads((tmp_path / "x" / "sizes.json").read_bytes()) == {"shard-000000.tar": 129}
 

@@ -38,6 +38,23 @@ def test_the_order_is_the_hashs_whatever_the_memory(tmp_path: Path, n: int, seed
     assert not list(tmp_path.glob("spool/*"))  # read once, gone
 
 
+def test_a_bucket_that_does_not_fit_is_spooled_again(tmp_path: Path) -> None:
+    """Two levels and, for a few, three, of at most 256 files each; the deeper are seen while they are read."""
+    items = some(2500)
+    hashes = order.order_hash(order.uids_of(i.key for i in items), 0, "import").tolist()
+    shuffle = Shuffle(tmp_path / "spool", seed=0, memory=3_000, expected_bytes=sum(len(i.data) for i in items))
+    shuffle.collect(items)
+    assert len(list(tmp_path.glob("spool/*"))) == 256
+    names: set[str] = set()
+    found = []
+    for item in shuffle:
+        found.append(item)
+        names |= {p.name for p in tmp_path.glob("spool/*")}
+    assert found == [item for _, item in sorted(zip(hashes, items, strict=True), key=lambda one: one[0])]
+    assert {name.count("-") for name in names} >= {1, 2}
+    assert not list(tmp_path.glob("spool/*"))
+
+
 @pytest.mark.parametrize("memory", [10**9, 1000])
 def test_two_with_one_key_are_refused_naming_both(tmp_path: Path, memory: int) -> None:
     items = [*some(500), Item("cats/7", b"other", 3, "elsewhere/7.png")]

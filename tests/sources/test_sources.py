@@ -174,6 +174,79 @@ def test_a_folder_of_parquet_files_is_one_source(tmp_path: Path, small_images: I
 
 
 @pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (["train-0.parquet", "test-0.parquet"], "'test', 'train'"),
+        (["Train.parquet", "val_1.parquet", "validation-00000-of-00001.parquet"], "'train', 'val', 'validation'"),
+        (["dev1.parquet", "valid.parquet"], "'dev', 'valid'"),
+        (["train-0.parquet", "train-1.parquet", "testimony.parquet", "valley.parquet"], None),
+    ],
+)
+def test_a_folder_of_several_splits_is_refused(tmp_path: Path, small_images: Images, files: list[str], splits: str | None) -> None:
+    for name in files:
+        parquet(tmp_path / name, rows_of(small_images[:2]), [0, 1])
+    if splits is None:
+        assert len(items(tmp_path)) == 2 * len(files)
+    else:
+        said = refusal(tmp_path, UsageError)
+        assert said == f"{tmp_path} holds files of several splits ({splits}): import one at a time, by its file or a folder of its own"
+
+
+TEXTS = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string()),
+]
+
+
+@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+@pytest.mark.parametrize("struct", [False, True])
+def test_the_types_that_others_write(tmp_path: Path, small_images: Images, binary: Any, text: Any, struct: bool) -> None:
+    """polars writes large texts and bytes or views of them, pandas categories as dictionaries; in two files, each with its own."""
+    labels = [["dog", "cat", None], ["ant", "dog", "dog"]]
+    for n, part in enumerate(labels):
+        data = [image for image, _ in small_images[3 * n : 3 * n + 3]]
+        kind = pa.struct([("bytes", binary), ("path", text if not pa.types.is_dictionary(text) else pa.string())]) if struct else binary
+        rows = [{"bytes": one, "path": f"{n}-{k}.png"} for k, one in enumerate(data)] if struct else data
+        made = pa.table({"image": pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.binary())})
+        made = pa.table({"image": made["image"].cast(kind), "label": pa.array(part).cast(pa.string()).cast(text)})
+        pq.write_table(made, tmp_path / f"{n}.parquet")
+    found = items(tmp_path)
+    assert list(open_source(str(tmp_path), SourceOptions("train")).classes) == ["ant", "cat", "dog"]
+    assert [i.data for i in found] == [data for data, _ in small_images[:6]]
+    assert [i.label for i in found] == [2, 1, None, 0, 2, 2]
+    assert [i.key for i in found] == ([f"{n}-{k}" for n in range(2) for k in range(3)] if struct else [f"{n:08d}" for n in range(6)])
+
+
+def test_categories_of_numbers(tmp_path: Path, small_images: Images) -> None:
+    column = pa.array([2, 0, 2]).dictionary_encode()
+    pq.write_table(pa.table({"image": [data for data, _ in small_images[:3]], "label": column}), tmp_path / "x.parquet")
+    assert [i.label for i in items(tmp_path / "x.parquet")] == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("own", "train", "numbers"),
+    [
+        (["b", "d"], ["a", "b", "c", "d"], [1, 3]),
+        (["d", "b"], ["a", "b", "c", "d"], [3, 1]),
+        (["a", "x"], ["a", "b"], None),  # one that train has not
+        (["a", "b"], ["a", "crane", "crane", "b"], None),  # which number the name means cannot be known
+        (["a", "crane", "crane"], ["a", "crane", "crane"], [0, 1, 2]),
+    ],
+)
+def test_named_classes_are_numbered_as_in_train(
+    tmp_path: Path, small_images: Images, own: list[str], train: list[str], numbers: list[int] | None
+) -> None:
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images[: len(own)]), list(range(len(own))), names=own)
+    source = open_source(str(path), SourceOptions("test", train=train))
+    assert list(source.classes) == (own if numbers is None else train)
+    assert [i.label for i in source] == (numbers or list(range(len(own))))
+
+
+@pytest.mark.parametrize(
     ("rows", "labels", "names", "kind", "says"),
     [
         (
@@ -234,11 +307,13 @@ def test_what_is_passed_over_in_class_folders(class_folders: Path) -> None:
     (class_folders / ".git" / "a.jpg").write_bytes(b"x")
     (class_folders / "digit-0" / ".hidden.jpg").write_bytes(b"x")
     (class_folders / "digit-0" / "notes.txt").write_bytes(b"x")
-    (class_folders / "empty").mkdir()
+    (class_folders / "notes").mkdir()
+    (class_folders / "notes" / "a.txt").write_bytes(b"x")
     (class_folders / "README.md").write_bytes(b"x")
     source = open_source(str(class_folders), SourceOptions("train"))
     assert [i[:3] for i in source] == before
-    assert source.left_out == ["README.md", "digit-0/notes.txt"]
+    assert source.left_out == ["README.md", "digit-0/notes.txt", "notes/a.txt"]
+    assert "notes" not in source.classes
 
 
 @pytest.mark.parametrize("name", ["A.JPG", "a.Jpeg", "deep/er/a.png", "ü.webp", "a.b.c.jpg"])
@@ -329,3 +404,7 @@ def test_a_source_describes_itself_without_places(class_folders: Path, tmp_path:
     other = parquet(tmp_path / "b" / "x.parquet", rows_of(small_images[:3]), [0, 1, 0])
     assert said(one) == said(other)
     assert str(tmp_path) not in json.dumps(said(one))
+    size = other.stat().st_size
+    parquet(other, rows_of(small_images[:3]), [0, 2, 0])
+    assert other.stat().st_size == size
+    assert said(one) != said(other)  # the same name and size, but a label was changed: its largest stands in the footer
