@@ -280,7 +280,7 @@ def _lock(folder: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise ExistsError(f"another process is writing {folder}: wait for it, or choose another --name or --out") from None
+        raise ExistsError(f"another process is writing {folder}: wait for it, or choose another --out") from None
     return lock
 
 
@@ -346,7 +346,7 @@ def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, A
     if there == wanted:
         return
     if there["kind"] != wanted["kind"]:
-        raise ExistsError(f"{folder} holds a {there['kind']}, not a {wanted['kind']}: choose another --name or --out")
+        raise ExistsError(f"{folder} holds a {there['kind']}, not a {wanted['kind']}: choose another --out")
     inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
     differs = _differences(there["config"], wanted["config"]) + inputs
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")

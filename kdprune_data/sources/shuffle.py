@@ -1,7 +1,7 @@
 """Put the items of a source into hash order without holding more of them in memory than allowed.
 
 1. Every item is read once, in the source's order, and put into the bucket that the top bits of its order hash name: a list in memory when
-   all fit, else a spool file per bucket, at most 256 of them.
+   all fit, else a spool file per bucket, at most 128 of them.
 2. Bucket after bucket is read back, sorted by the hash, and handed on; one that does not fit is first spooled again, by the hash's next
    bits. Equal keys have equal hashes, so collisions meet here.
 """
@@ -26,8 +26,8 @@ from kdprune_data.sources.base import Item
 Hashed = tuple[int, Item]
 CHUNK = 1000
 HASH_BITS = 64
-MOST_BITS = 8
-"""256 spool files at once: systems let a process open 1,024, some fewer."""
+MOST_BITS = 7
+"""128 spool files at once: systems let a process open 1,024, some only 256."""
 ITEM_BYTES = 300
 """About what an item takes in memory beside its spooled bytes."""
 

@@ -184,7 +184,7 @@ def test_another_name_is_the_same_thing(tmp_path: Path) -> None:
         (identity(more="x" * 50), "(more is null, now xxxxxxxxxxxx...)"),
         (identity(a=1, b=2, c=3, seed=4), "(a is null, now 1; b is null, now 2; c is null, now 3; and 1 more)"),
         (Identity("dataset", "x", CONFIG, [{"role": "data", "digest": "abcd"}]), "(input data is null, now abcd)"),
-        (identity("subset"), "holds a dataset, not a subset: choose another --name or --out"),
+        (identity("subset"), "holds a dataset, not a subset: choose another --out"),
     ],
 )
 def test_something_else_is_refused_naming_what_differs(tmp_path: Path, wanted: Identity, says: str, finished: bool) -> None:
@@ -211,7 +211,7 @@ def test_one_process_writes_at_a_time(tmp_path: Path, overwrite: bool) -> None:
     with Build.begin(tmp_path / "x", identity()) as first:
         first.write("a.bin", b"aaa")
         line = refusal(tmp_path / "x", identity(), overwrite=overwrite)
-        assert line == f"another process is writing {tmp_path / 'x'}: wait for it, or choose another --name or --out"
+        assert line == f"another process is writing {tmp_path / 'x'}: wait for it, or choose another --out"
         assert finish(first).files[0].path == "a.bin"
 
 

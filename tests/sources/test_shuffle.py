@@ -39,12 +39,12 @@ def test_the_order_is_the_hashs_whatever_the_memory(tmp_path: Path, n: int, seed
 
 
 def test_a_bucket_that_does_not_fit_is_spooled_again(tmp_path: Path) -> None:
-    """Two levels and, for a few, three, of at most 256 files each; the deeper are seen while they are read."""
+    """Two levels and, for a few, three, of at most 128 files each; the deeper are seen while they are read."""
     items = some(2500)
     hashes = order.order_hash(order.uids_of(i.key for i in items), 0, "import").tolist()
     shuffle = Shuffle(tmp_path / "spool", seed=0, memory=3_000, expected_bytes=sum(len(i.data) for i in items))
     shuffle.collect(items)
-    assert len(list(tmp_path.glob("spool/*"))) == 256
+    assert len(list(tmp_path.glob("spool/*"))) == 128
     names: set[str] = set()
     found = []
     for item in shuffle:
