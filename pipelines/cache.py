@@ -26,8 +26,9 @@ from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, some
 from kdprune_data.formats import logits as cached
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset, digests_of
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.logits import DTYPES, LogitCache, ViewRows
 from kdprune_data.formats.manifest import Manifest
 

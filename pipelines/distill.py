@@ -21,8 +21,9 @@ from kdprune_pipelines._training import TrainingConfig
 from kdprune_data import order
 from kdprune_data.config import option
 from kdprune_data.errors import MismatchError, UsageError
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
 

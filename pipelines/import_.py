@@ -28,7 +28,8 @@ from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError, some
 from kdprune_data.formats import dataset
-from kdprune_data.formats.build import SPOOL, Build, Identity
+from kdprune_data.formats.build import SPOOL, Build
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import NAME, Manifest
 from kdprune_data.formats.shards import Limits, Sample, ShardWriter
 from kdprune_data.images import EXTENSIONS

@@ -20,7 +20,8 @@ from kdprune_pipelines._workspace import DATA, check_classes
 from kdprune_data.config import Config, option
 from kdprune_data.errors import ExistsError, SourceError, UsageError, some
 from kdprune_data.formats import dataset, manifest, tar
-from kdprune_data.formats.build import Build, Identity, relocate
+from kdprune_data.formats.build import Build, relocate
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import File, Manifest
 from kdprune_data.formats.shards import check_image
 from kdprune_data.images import MEMBERS

@@ -22,8 +22,9 @@ from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError, some
 from kdprune_data.formats import dynamics
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.scores import PART, SCORES, write_part, write_vectors
 

@@ -26,8 +26,9 @@ from kdprune_data import order, selectors
 from kdprune_data.config import Config, option
 from kdprune_data.errors import MismatchError, SourceError, UsageError, some, unknown
 from kdprune_data.formats import dataset, subset
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.formats.shards import Limits

@@ -24,8 +24,9 @@ from kdprune_data import order
 from kdprune_data.config import option
 from kdprune_data.errors import UsageError
 from kdprune_data.formats import dynamics
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import Manifest, sha256_file
 
 if TYPE_CHECKING:

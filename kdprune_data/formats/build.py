@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
@@ -20,32 +18,19 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
 from kdprune_data.errors import ExistsError, KdpruneError
 from kdprune_data.formats import manifest as m
+from kdprune_data.formats.atomic import lock, make_folder, write_whole
+from kdprune_data.formats.identity import Identity, ancestors, refuse_other
 from kdprune_data.formats.manifest import PARTIAL, File, Manifest
 
 SPOOL = "spool"
 """Scratch that no later run continues from; any other scratch is work."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What is being made: two runs with one identity make the same thing."""
-
-    kind: str
-    name: str
-    config: Mapping[str, Any]
-    inputs: Sequence[Mapping[str, Any]]
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored in `.partial/identity.json`; the name is a matter of the folder and does not enter."""
-        inputs = {i["role"]: i["digest"] for i in self.inputs}
-        return {"kind": self.kind, "config": json.loads(m.canonical(self.config)), "inputs": inputs}
 
 
 class Sink(io.RawIOBase):
@@ -98,7 +83,7 @@ class Build:
         kept: Sequence[File] = ()
         if (folder / m.NAME).exists():
             there = Manifest.load(folder)
-            _refuse_other(folder, Identity(there.kind, there.name, there.config, there.inputs).to_json(), identity.to_json())
+            refuse_other(folder, Identity(there.kind, there.name, there.config, there.inputs).to_json(), identity.to_json())
             if not append:
                 shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # killed between the manifest and this
                 build = cls(folder, identity)
@@ -115,14 +100,14 @@ class Build:
 
     def _open(self) -> None:
         partial = self.folder / PARTIAL
-        _make_folder(partial / "parts")
-        self._lock = _lock(self.folder)
+        make_folder(partial / "parts")
+        self._lock = lock(self.folder / PARTIAL)
         wanted = self.identity.to_json()
         noted = partial / "identity.json"
         if noted.exists():
-            _refuse_other(self.folder, json.loads(noted.read_bytes()), wanted, unfinished=True)
+            refuse_other(self.folder, json.loads(noted.read_bytes()), wanted, unfinished=True)
         else:
-            _write_whole(noted, m.canonical(wanted))
+            write_whole(noted, m.canonical(wanted))
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
         for note in sorted((partial / "parts").glob("*.json")):
@@ -166,11 +151,11 @@ class Build:
 
     def write_scratch(self, name: str, data: bytes) -> None:
         """Write a scratch file whole or not at all."""
-        _write_whole(self.scratch(name), data)
+        write_whole(self.scratch(name), data)
 
     def _note(self, file: File, facts: dict[str, Any]) -> None:
         note = {"path": file.path, "bytes": file.bytes, "sha256": file.sha256, "facts": facts}
-        _write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))
+        write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))
 
     def keep_only(self, paths: Iterable[str]) -> None:
         """Drop finished files that are no part of this artefact: left by an interrupted run that was asked for more."""
@@ -210,7 +195,7 @@ class Build:
             outside=tuple(outside),
             made=m.made(self._started),
         )
-        _write_whole(self.folder / m.NAME, manifest.to_json(), durable=True)
+        write_whole(self.folder / m.NAME, manifest.to_json(), durable=True)
         shutil.rmtree(self.folder / PARTIAL)
         shutil.rmtree(_aside(self.folder), ignore_errors=True)
         self.close()
@@ -254,7 +239,7 @@ class Build:
 def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manifest:
     """Say that the files outside an artefact lie elsewhere now: the same bytes, so the same digest."""
     moved = replace(manifest, outside=tuple(outside))
-    _write_whole(folder / m.NAME, moved.to_json(), durable=True)
+    write_whole(folder / m.NAME, moved.to_json(), durable=True)
     return moved
 
 
@@ -273,36 +258,6 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-def _lock(folder: Path) -> int:
-    """Become the one process that writes. Raises ExistsError when another is."""
-    lock = os.open(folder / PARTIAL / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise ExistsError(f"another process is writing {folder}: wait for it, or choose another --out") from None
-    return lock
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KdpruneError(f"cannot write in {folder.parent.parent}: {error.strerror}; choose another --out") from None
-
-
-def _write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    beside.replace(path)
-    if durable:
-        m.fsync_dir(path.parent)
-
-
 def _check_replaceable(folder: Path, identity: Identity) -> None:
     """Refuse to replace what the new artefact is made from, an artefact of another kind, or the folder one stands in."""
     if folder.resolve() == Path.cwd():
@@ -313,13 +268,8 @@ def _check_replaceable(folder: Path, identity: Identity) -> None:
         return  # unfinished or damaged: nothing is made from it
     if there.kind != identity.kind:
         raise ExistsError(f"{folder} is of kind {there.kind}, which --overwrite does not replace by {identity.kind}: choose another --out")
-    if there.digest in _ancestors(identity.inputs):
+    if there.digest in ancestors(identity.inputs):
         raise ExistsError(f"{folder} is what this {identity.kind} is made from: choose another --out")
-
-
-def _ancestors(inputs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The digests of inputs, of their inputs, and so on."""
-    return {one["digest"] for one in inputs}.union(*(_ancestors(one["inputs"]) for one in inputs))
 
 
 def _aside(folder: Path) -> Path:
@@ -331,7 +281,7 @@ def _aside(folder: Path) -> Path:
 def _set_aside(folder: Path) -> None:
     """Take an artefact from its name at one stroke; `seal` deletes it, a refusal of the new one puts it back."""
     if (folder / PARTIAL).is_dir():
-        os.close(_lock(folder))
+        os.close(lock(folder / PARTIAL))
     shutil.rmtree(_aside(folder), ignore_errors=True)
     folder.resolve().rename(_aside(folder))
 
@@ -340,36 +290,3 @@ def _is_unfinished(folder: Path, identity: Identity) -> bool:
     """Whether this very thing was begun there and not finished: it is continued, not begun again."""
     noted = folder / PARTIAL / "identity.json"
     return not (folder / m.NAME).exists() and noted.exists() and json.loads(noted.read_bytes()) == identity.to_json()
-
-
-def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], *, unfinished: bool = False) -> None:
-    if there == wanted:
-        return
-    if there["kind"] != wanted["kind"]:
-        raise ExistsError(f"{folder} holds a {there['kind']}, not a {wanted['kind']}: choose another --out")
-    inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
-    differs = _differences(there["config"], wanted["config"]) + inputs
-    shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
-    whole = folder.resolve()
-    free = next(name for n in itertools.count(2) if not whole.with_name(name := f"{whole.name}-{n}").exists())
-    elsewhere = f"--out {folder.parent / free}" if wanted["kind"] == "dataset" else f"--name {free}"
-    what = "holds an unfinished run" if unfinished else "was made"
-    raise ExistsError(f"{folder} {what} with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
-
-
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    found = []
-    for key in sorted(there.keys() | wanted.keys()):
-        a, b = there.get(key), wanted.get(key)
-        if a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += [f"{key}.{line}" for line in _differences(a, b)]
-        else:
-            found.append(f"{key} is {_short(a)}, now {_short(b)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-    return text if len(text) <= 40 else text[:12] + "..."

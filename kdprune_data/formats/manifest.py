@@ -203,12 +203,3 @@ def made(started: float) -> dict[str, Any]:
         "host": platform.platform(),
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def fsync_dir(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

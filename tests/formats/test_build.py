@@ -16,7 +16,8 @@ import pytest
 
 from kdprune_data.errors import ExistsError, FormatError, SourceError, UsageError
 from kdprune_data.formats import manifest as m
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import Manifest
 
 CONFIG = {"seed": 0, "recipe": {"epochs": 3, "lr": 0.1}}
@@ -146,7 +147,8 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     program = """
         import os, signal, sys
         from pathlib import Path
-        from kdprune_data.formats.build import Build, Identity
+        from kdprune_data.formats.build import Build
+from kdprune_data.formats.identity import Identity
         build = Build.begin(Path(sys.argv[1]), Identity("dataset", "x", {"seed": 0}, []))
         build.write("a.bin", b"aaa")
         with build.create("sub/b.bin") as sink:

@@ -19,8 +19,9 @@ import pytest
 from kdprune_data import images, order
 from kdprune_data.errors import FormatError, MismatchError, SourceError, UsageError
 from kdprune_data.formats import dataset, subset, table, tar
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.shards import Limits, Sample, ShardWriter
 
 COLUMNS = {  # docs/formats.md, as DuckDB calls the types

@@ -8,7 +8,8 @@ import pytest
 from kdprune_pipelines import _workspace
 
 from kdprune_data.errors import UsageError
-from kdprune_data.formats.build import Build, Identity
+from kdprune_data.formats.build import Build
+from kdprune_data.formats.identity import Identity
 
 
 def made(folder: Path) -> Path:
