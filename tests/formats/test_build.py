@@ -148,7 +148,7 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from kdprune_data.formats.build import Build
-from kdprune_data.formats.identity import Identity
+        from kdprune_data.formats.identity import Identity
         build = Build.begin(Path(sys.argv[1]), Identity("dataset", "x", {"seed": 0}, []))
         build.write("a.bin", b"aaa")
         with build.create("sub/b.bin") as sink:
