@@ -145,7 +145,10 @@ def _score(scorer: Scorer, build: Build, data: Dataset) -> Manifest:
     shards = np.unique(data.shards[data.usable()]).tolist()
     samples = len(data.usable())
     say(f"scoring {count(samples, 'sample')} in {count(len(shards), 'shard')} on {scorer.device}")
-    say("the run that made the teacher makes the scores too: for scores that are independent of it, score with a teacher of another seed")
+    if scorer.saved.manifest.content in _workspace.contents(data.manifest.as_input("data")):
+        say(
+            "the run that made the teacher makes the scores too: for scores that are independent of it, score with a teacher of another seed"
+        )
     with bar("score", total=samples) as progress:
         for shard in shards:
             rows = data.rows_of(shard)
