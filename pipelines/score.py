@@ -146,9 +146,7 @@ def _score(scorer: Scorer, build: Build, data: Dataset) -> Manifest:
     samples = len(data.usable())
     say(f"scoring {count(samples, 'sample')} in {count(len(shards), 'shard')} on {scorer.device}")
     if scorer.saved.manifest.content in _workspace.contents(data.manifest.as_input("data")):
-        say(
-            "the run that made the teacher makes the scores too: for scores that are independent of it, score with a teacher of another seed"
-        )
+        say("the run that made the teacher makes the scores too: for scores that are independent of it, score with another seed's teacher")
     with bar("score", total=samples) as progress:
         for shard in shards:
             rows = data.rows_of(shard)
