@@ -192,7 +192,8 @@ def outcome(folder: Path, made: Manifest, started: float) -> Outcome:
     last = rows[-1] if rows else {}
     val = last.get("val_accuracy")
     counts = made.counts
-    shown = f", val {val:.2%} after the last epoch" if val is not None else ""
+    when = " after the last epoch" if counts["epochs"] else ""  # adopted weights had none here
+    shown = f", val {val:.2%}{when}" if val is not None else ""
     text = (
         f"{folder}: {made.config['architecture']['name']}, {counts['parameters']:,} parameters, {count(counts['epochs'], 'epoch')}, "
         f"{count(counts['steps'], 'step')} on {count(counts['samples'], 'sample')}{shown}; {time.monotonic() - started:.0f} s"

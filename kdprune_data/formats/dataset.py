@@ -188,11 +188,6 @@ def digests_of(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     return np.frombuffer(whole.buffers()[1], np.uint8)[whole.offset * 32 :][: len(whole) * 32].reshape(-1, 32)
 
 
-def digest_array(digests: NDArray[np.uint8]) -> pa.Array:
-    """uint8 of shape (n, 32) as a column of 32-byte digests."""
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(digests), [None, pa.py_buffer(np.ascontiguousarray(digests))])
-
-
 @dataclass
 class Rows:
     """The index rows of one shard, collected one by one, columns as in `index.parquet`."""
