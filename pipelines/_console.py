@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from kdprune_data.formats.journal import LOGGER
+
 T = TypeVar("T")
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
@@ -41,7 +43,8 @@ def quiet() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line of progress, for people."""
+    """One line of progress, for people and for the log of what is being made."""
+    LOGGER.info(line)
     if not _quiet.get():
         tqdm.write(line, file=sys.stderr)
 

@@ -25,7 +25,7 @@ from kdprune_pipelines import import_
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
-SETTLED = ("manifest.json",)
+SETTLED = ("manifest.json", "log.txt")
 """Files that state when they were made."""
 
 
@@ -98,7 +98,7 @@ def kill_midway() -> Callable[[str, Path, int], None]:
 
 @pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
-    """The sha256 of every file of an artefact's folder, by path; of `manifest.json`, which says when it was made, nothing."""
+    """The sha256 of every file of an artefact's folder, by path; of files that say when it was made, nothing."""
 
     def of(folder: Path) -> dict[str, str]:
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in SETTLED)

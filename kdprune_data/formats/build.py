@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
-from kdprune_data.errors import ExistsError, KdpruneError
+from kdprune_data.errors import KdpruneError
+from kdprune_data.formats import journal, standing
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.atomic import lock, make_folder, write_whole
-from kdprune_data.formats.identity import Identity, ancestors, refuse_other
+from kdprune_data.formats.identity import Identity, refuse_other
+from kdprune_data.formats.journal import Journal
 from kdprune_data.formats.manifest import PARTIAL, File, Manifest
 
 SPOOL = "spool"
@@ -65,6 +67,7 @@ class Build:
         self._parts: dict[str, tuple[File, dict[str, Any]]] = {f.path: (f, {}) for f in kept}
         self._mutex = threading.Lock()
         self._lock: int | None = None
+        self._journal: Journal | None = None
         self._started = time.monotonic()
 
     @classmethod
@@ -73,24 +76,17 @@ class Build:
 
         Raises ExistsError when the folder holds anything else, or another process is writing it.
         """
-        if file := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
-            raise ExistsError(f"{file} is a file, not a folder: choose another --out")
-        if not _is_ours(folder) and folder.exists() and any(folder.iterdir()):
-            raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
-        if overwrite and folder.exists() and not _is_unfinished(folder, identity):
-            _check_replaceable(folder, identity)
-            _set_aside(folder)
-        kept: Sequence[File] = ()
-        if (folder / m.NAME).exists():
-            there = Manifest.load(folder)
-            refuse_other(folder, Identity(there.kind, there.name, there.config, there.inputs).to_json(), identity.to_json())
-            if not append:
-                shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # killed between the manifest and this
-                build = cls(folder, identity)
-                build.done = there
-                return build
-            kept = there.files
-        build = cls(folder, identity, kept)
+        standing.check_ours(folder)
+        if overwrite and standing.is_to_replace(folder, identity):
+            standing.check_replaceable(folder, identity)
+            standing.set_aside(folder)
+        there = standing.finished(folder, identity)
+        if there is not None and not append:
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # killed between the manifest and this
+            build = cls(folder, identity)
+            build.done = there
+            return build
+        build = cls(folder, identity, () if there is None else there.files)
         try:
             build._open()
         except BaseException:
@@ -98,16 +94,36 @@ class Build:
             raise
         return build
 
+    @staticmethod
+    def look(folder: Path, identity: Identity, *, overwrite: bool = False) -> str:
+        """What `begin` would find, without touching anything: `new`, `unfinished`, `finished`, or `replaced`. Raises as `begin` does."""
+        standing.check_ours(folder)
+        if overwrite and standing.is_to_replace(folder, identity):
+            standing.check_replaceable(folder, identity)
+            return "replaced"
+        if standing.finished(folder, identity) is not None:
+            return "finished"
+        noted = standing.noted(folder)
+        if noted is None:
+            return "new"
+        refuse_other(folder, noted, identity.to_json(), unfinished=True)
+        return "unfinished"
+
     def _open(self) -> None:
         partial = self.folder / PARTIAL
         make_folder(partial / "parts")
         self._lock = lock(self.folder / PARTIAL)
         wanted = self.identity.to_json()
-        noted = partial / "identity.json"
-        if noted.exists():
-            refuse_other(self.folder, json.loads(noted.read_bytes()), wanted, unfinished=True)
+        noted = standing.noted(self.folder)
+        if noted is None:
+            write_whole(partial / "identity.json", m.canonical(wanted))
         else:
-            write_whole(noted, m.canonical(wanted))
+            refuse_other(self.folder, noted, wanted, unfinished=True)
+        before, log = self.folder / journal.NAME, partial / journal.NAME
+        if before.is_file() and not log.is_file():  # a cache that grows keeps what it said
+            write_whole(log, before.read_bytes())
+        self._journal = Journal(log)
+        self._journal.begin(self.folder, continued=noted is not None)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
         for note in sorted((partial / "parts").glob("*.json")):
@@ -137,6 +153,7 @@ class Build:
         made, noted = File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {})
         self._note(made, noted)  # before the file has its name: so that none stands there that nothing tells of
         beside.replace(final)
+        journal.LOGGER.debug("wrote %s: %s bytes, sha256 %s", final, f"{made.bytes:,}", made.sha256)
         with self._mutex:
             self._parts[path] = (made, noted)
 
@@ -159,7 +176,7 @@ class Build:
 
     def keep_only(self, paths: Iterable[str]) -> None:
         """Drop finished files that are no part of this artefact: left by an interrupted run that was asked for more."""
-        wanted = set(paths)
+        wanted = {*paths, journal.NAME}
         for path in [p for p in self._parts if p not in wanted]:
             (self.folder / path).unlink(missing_ok=True)
             (self.folder / PARTIAL / "parts" / (quote(path, safe="") + ".json")).unlink(missing_ok=True)
@@ -179,7 +196,8 @@ class Build:
         outside: Sequence[File] = (),
     ) -> Manifest:
         """Write the manifest: from here on the folder is an artefact. `side`: paths of files that stay outside the digest."""
-        apart = set(side)
+        self._write_log()
+        apart = {*side, journal.NAME}
         files = self.files()
         identity = self.identity
         manifest = Manifest(
@@ -197,9 +215,15 @@ class Build:
         )
         write_whole(self.folder / m.NAME, manifest.to_json(), durable=True)
         shutil.rmtree(self.folder / PARTIAL)
-        shutil.rmtree(_aside(self.folder), ignore_errors=True)
+        shutil.rmtree(standing.aside(self.folder), ignore_errors=True)
         self.close()
         return manifest
+
+    def _write_log(self) -> None:
+        """What was logged becomes a file of the artefact."""
+        if self._journal is not None:
+            self._journal.close()
+        self.write(journal.NAME, self.scratch(journal.NAME).read_bytes())
 
     def abandon(self) -> None:
         """Leave a finished artefact that was taken up again as it was, without what an interrupted run had added."""
@@ -211,12 +235,13 @@ class Build:
         """Leave nothing, unless it is done: what was asked for cannot be made, and its settings must not stand in the way of others."""
         if self.done is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            if _aside(self.folder).is_dir():
-                _aside(self.folder).rename(self.folder)
+            standing.put_back(self.folder)
         self.close()
 
     def close(self) -> None:
         """Let others write here; what is finished stays for the next run."""
+        if self._journal is not None:
+            self._journal.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -225,7 +250,7 @@ class Build:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, KdpruneError) and self._lock is not None and (self._is_bare() or _aside(self.folder).is_dir()):
+        if isinstance(error, KdpruneError) and self._lock is not None and (self._is_bare() or standing.aside(self.folder).is_dir()):
             self.discard()
         self.close()
 
@@ -233,7 +258,7 @@ class Build:
         """Nothing has been made yet: there is no work that another run could continue."""
         if self._parts or not self.folder.is_dir() or [p.name for p in self.folder.iterdir()] != [PARTIAL]:
             return False
-        return {p.name for p in (self.folder / PARTIAL).iterdir()} <= {"identity.json", "lock", "parts", SPOOL}
+        return {p.name for p in (self.folder / PARTIAL).iterdir()} <= {"identity.json", "lock", "parts", journal.NAME, SPOOL}
 
 
 def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manifest:
@@ -246,47 +271,3 @@ def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manif
 def _is_whole(folder: Path, part: Mapping[str, Any]) -> bool:
     path = folder / part["path"]
     return path.is_file() and path.stat().st_size == part["bytes"] and bool(m.sha256_file(path) == part["sha256"])
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is an artefact, finished or not, whole or damaged: nothing else is continued or replaced."""
-    if (folder / PARTIAL).is_dir():
-        return True
-    try:
-        return json.loads((folder / m.NAME).read_bytes())["kind"] in m.KINDS
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _check_replaceable(folder: Path, identity: Identity) -> None:
-    """Refuse to replace what the new artefact is made from, an artefact of another kind, or the folder one stands in."""
-    if folder.resolve() == Path.cwd():
-        raise ExistsError(f"{folder} is the current folder: go elsewhere to replace it, or choose another --out")
-    try:
-        there = Manifest.load(folder)
-    except KdpruneError:
-        return  # unfinished or damaged: nothing is made from it
-    if there.kind != identity.kind:
-        raise ExistsError(f"{folder} is of kind {there.kind}, which --overwrite does not replace by {identity.kind}: choose another --out")
-    if there.digest in ancestors(identity.inputs):
-        raise ExistsError(f"{folder} is what this {identity.kind} is made from: choose another --out")
-
-
-def _aside(folder: Path) -> Path:
-    """Where an artefact goes that is being replaced."""
-    whole = folder.resolve()
-    return whole.with_name(f".{whole.name}.replaced")
-
-
-def _set_aside(folder: Path) -> None:
-    """Take an artefact from its name at one stroke; `seal` deletes it, a refusal of the new one puts it back."""
-    if (folder / PARTIAL).is_dir():
-        os.close(lock(folder / PARTIAL))
-    shutil.rmtree(_aside(folder), ignore_errors=True)
-    folder.resolve().rename(_aside(folder))
-
-
-def _is_unfinished(folder: Path, identity: Identity) -> bool:
-    """Whether this very thing was begun there and not finished: it is continued, not begun again."""
-    noted = folder / PARTIAL / "identity.json"
-    return not (folder / m.NAME).exists() and noted.exists() and json.loads(noted.read_bytes()) == identity.to_json()

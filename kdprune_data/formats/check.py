@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import images, order
 from kdprune_data.errors import KdpruneError, some
-from kdprune_data.formats import dataset, dynamics, logits, subset, table, tar
+from kdprune_data.formats import dataset, dynamics, journal, logits, subset, table, tar
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache
@@ -42,8 +42,10 @@ def files(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
     """Every file is there, with its bytes and its sha256; those outside too, where a digest was recorded. `tick` gets bytes read."""
     for file in (*manifest.files, *manifest.side, *manifest.outside):
         path = m.place(folder, file.path)
+        if file.path == journal.NAME and (folder / m.PARTIAL).is_dir():
+            continue  # a finished cache to which views are being added: it is written before the manifest is
         if not path.is_file():
-            if file not in manifest.side or file.path != subset.RANKING:  # which stays behind when a subset travels
+            if file not in manifest.side or file.path not in (subset.RANKING, journal.NAME):  # which stay behind when a subset travels
                 yield Fault(str(path), "is missing")
             continue
         size = path.stat().st_size

@@ -47,7 +47,9 @@ def refusal(folder: Path, wanted: Identity, **how: bool) -> str:
 
 def test_what_is_left_is_the_files_and_the_manifest(tmp_path: Path) -> None:
     made = whole(tmp_path / "x")
-    assert {p.relative_to(tmp_path / "x").as_posix() for p in (tmp_path / "x").rglob("*") if p.is_file()} == {"a.bin", "sub/b.bin", m.NAME}
+    assert {p.relative_to(tmp_path / "x").as_posix() for p in (tmp_path / "x").rglob("*") if p.is_file()} == {
+        *("a.bin", "sub/b.bin", "log.txt", m.NAME)
+    }
     assert Manifest.load(tmp_path / "x") == made
     assert [(f.path, f.bytes, f.sha256) for f in made.files] == [
         ("a.bin", 3, hashlib.sha256(b"aaa").hexdigest()),
@@ -228,7 +230,7 @@ def test_overwrite_replaces_all_of_it(tmp_path: Path, finished: bool) -> None:
         assert build.done is None
         build.write("c.bin", b"c")
         finish(build)
-    assert {p.name for p in (tmp_path / "x").iterdir()} == {"c.bin", m.NAME}
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"c.bin", "log.txt", m.NAME}
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -294,7 +296,7 @@ def test_side_files_stay_outside_the_digest(tmp_path: Path) -> None:
     one, other = made("one", b"1"), made("other", b"2")
     assert one.digest == other.digest
     assert [f.path for f in one.files] == ["a.bin"]
-    assert [f.path for f in one.side] == ["README.md"]
+    assert [f.path for f in one.side] == ["README.md", "log.txt"]
 
 
 def test_a_sink_hashes_what_is_written(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_webdatasets_shards_are_adopted_untouched(foreign: list[Path], tmp_path:
     assert read.shards.tolist() == [n // 40 for n in range(100)]
     assert [(read.image_bytes(n), read.labels[n]) for n in range(100)] == small_images[:100]
     assert list(read.classes) == [f"class {n}" for n in range(10)]
-    assert {p.name for p in (tmp_path / "train").iterdir()} == {"index.parquet", "sizes.json", "SHA256SUMS", "manifest.json"}
+    assert {p.name for p in (tmp_path / "train").iterdir()} == {"index.parquet", "sizes.json", "SHA256SUMS", "manifest.json", "log.txt"}
     assert json.loads((tmp_path / "train" / "sizes.json").read_bytes()) == {"part-000.tar": 40, "part-001.tar": 40, "part-002.tar": 20}
     assert [f.path for f in read.manifest.outside] == [str(path) for path in foreign]
 

@@ -106,7 +106,7 @@ def test_the_manifest_and_the_tables_of_a_subset(train: Path, tmp_path: Path) ->
     assert sorted(ranking["rank"].to_pylist()) == list(range(len(parent)))
     first = {i for i, rank in zip(ranking["id"].to_pylist(), ranking["rank"].to_pylist(), strict=True) if rank < len(kept)}
     assert first == set(kept.ids)
-    assert [f.path for f in found.side] == ["README.md", "ranking.parquet"]
+    assert [f.path for f in found.side] == ["README.md", "log.txt", "ranking.parquet"]
 
 
 def test_the_class_proportions_are_kept(train: Path, tmp_path: Path) -> None:

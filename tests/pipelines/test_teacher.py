@@ -55,6 +55,7 @@ def test_the_folder(chain: Path) -> None:
     ]
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
         *(f.path for f in manifest.files),
+        "log.txt",
         "manifest.json",
     }
     assert manifest.counts == {"samples": 108, "steps": 21, "epochs": 3, "parameters": 75290}
