@@ -7,6 +7,7 @@ from kdprune_pipelines.index import IndexConfig, run
 
 EXAMPLES = """\
 kdprune-data index shards/*.tar --split train
+kdprune-data index 'shards/*.tar' --split test --no-digests
 kdprune-data index /data/set/*.tar --out data/train --classes names.txt"""
 
 command = _command("index", IndexConfig, run, EXAMPLES)

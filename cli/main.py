@@ -1,19 +1,18 @@
-"""`kdprune-data`: the group of commands, loaded one at a time so that `--help` is fast, and the only place where errors become exit codes.
-
-0 done, 1 the work failed or a check found a fault, 2 wrong usage, 130 interrupted. A traceback only with `--debug`.
-"""
+"""`kdprune-data`: the group of commands, loaded one at a time so that `--help` is fast. How they end: `kdprune_cli.endings`."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+from kdprune_cli import endings
+from kdprune_cli.endings import SIGNALS, Interrupted
 
 from kdprune_data._version import __version__
-from kdprune_data.errors import KdpruneError, first_line
+from kdprune_data.errors import unknown
 
 COMMANDS = {
     "import": "Any labelled images -> WebDataset shards and their index.",
@@ -26,8 +25,15 @@ COMMANDS = {
     "evaluate": "Accuracy of a teacher or student on the test set.",
     "info": "What is this folder, and where did it come from?",
     "verify": "Is this folder whole, and what it says it is?",
+    "run": "The whole chain, or what is left of it, from one TOML file.",
     "demo": "The whole job on real digits, in a minute or two.",
+    "completion": "Completion of commands and options for your shell.",
 }
+
+
+def module_of(name: str) -> str:
+    """The module of a command."""
+    return f"kdprune_cli.{name}_" if name == "import" else f"kdprune_cli.{name}"
 
 
 class Lazy(click.Group):
@@ -38,17 +44,58 @@ class Lazy(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Import `kdprune_cli.NAME`."""
+        """Import `kdprune_cli.NAME`, and let it take what the group takes."""
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"kdprune_cli.{name}_" if name == "import" else f"kdprune_cli.{name}")
-        command: click.Command = module.command
+        command: click.Command = importlib.import_module(module_of(name)).command
+        if not any(parameter.name == "verbose" for parameter in command.params):
+            command.params += _habits()
         return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named first. Raises UsageError for one that there is not, suggesting the nearest."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise unknown("command", args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run what was asked for. Raises Interrupted on Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """From the table above: asking each command would import it."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands from the table above, likewise; and the group's options."""
+        commands = [CompletionItem(name, help=about) for name, about in COMMANDS.items() if name.startswith(incomplete)]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Details from here to the end of the command, asked for before or after its name."""
+    root = ctx.find_root()
+    if wanted and not ctx.resilient_parsing and not root.meta.get("verbose"):
+        from kdprune_pipelines._console import verbose
+
+        root.meta["verbose"] = True
+        root.with_resource(verbose())
+
+
+def _habits() -> list[click.Parameter]:
+    """What the group and every command take."""
+    verbose = click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        callback=_verbose,
+        help="Say more while working: files written and read, with the time, on stderr.",
+    )
+    return [verbose, click.Option(["--debug"], is_flag=True, expose_value=False, help="Show a traceback when something fails.")]
 
 
 EPILOG = """\b
@@ -70,60 +117,36 @@ The whole job, in an empty folder:
     "FRACTION is always what is KEPT.",
 )
 @click.version_option(__version__, prog_name="kdprune-data")
-@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-def group(debug: bool) -> None:
+def group() -> None:
     """The group itself does nothing."""
+
+
+group.params += _habits()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(call(sys.argv[1:] if arguments is None else arguments))
+    SIGNALS.watch()
+    if hasattr(sys.stdout, "reconfigure"):  # names of files and classes that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = call(sys.argv[1:] if arguments is None else arguments)
+    SIGNALS.done()
+    sys.exit(code)
 
 
 def call(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; errors become one line on stderr."""
-    debug = "--debug" in arguments
+    """Run one command line and return its exit code; errors are said as `endings.report` does."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    SIGNALS.as_json = "--json" in options
     try:
         group.main(args=arguments or ["--help"], prog_name="kdprune-data", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        return _usage(error)
-    except (KeyboardInterrupt, click.Abort):
-        print("\ninterrupted: run the same command again to continue", file=sys.stderr)
-        return 130
-    except KdpruneError as error:
-        return _fail(str(error), error.exit_code, debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more while it ends
-        return 1
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}: check the disk and its permissions, then run the same command again", 1, debug)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    except Exception as error:  # a fault of ours, said as such
-        if debug:
-            raise
-        name = type(error).__name__
-        return _fail(f"unexpected {name}: {first_line(error)}; run again with --debug (kdprune-data --debug ...) and report it", 1, debug)
+    except BaseException as error:
+        return endings.report(error, debug="--debug" in options, as_json=SIGNALS.as_json)
     return 0
-
-
-def _usage(error: click.ClickException) -> int:
-    context: Any = getattr(error, "ctx", None)
-    hint = f" (see {context.command_path} --help)" if context else ""
-    message = " ".join(error.format_message().split())
-    return _fail(message + hint, error.exit_code, debug=False)
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
 """From a settings dataclass to a click command: every field is an option, its help, choices and default taken from the field.
 
-An option not given comes from `kdprune.toml` in the workspace (a section per command), then from the field's default. The command builds
-the settings with `Config.from_dict` and hands them to the stage; what the stage returns is printed, as text or with `--json` as one object.
+An option not given comes from the recipe that `--recipe` names, then from `kdprune.toml` in the workspace (a section per command), then
+from the field's default. The command builds the settings with `Config.from_dict` and hands them to the stage; what the stage returns is
+printed, as text or with `--json` as one object.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from kdprune_pipelines._console import Outcome
+from click.shell_completion import CompletionItem
+from kdprune_pipelines import _recipes
+from kdprune_pipelines._console import Outcome, detail
 
 from kdprune_data.config import Config, field_types
-from kdprune_data.errors import UsageError, unknown
+from kdprune_data.errors import UsageError
 
 SETTINGS = Path("kdprune.toml")
-CODE = ("model", "code")
-"""Options that may name a function of the user's own to run: such a name is taken from the command line alone."""
+FOLDERS = {"artefact", "data", "logits", "model", "out", "subset", "teacher", "test", "train", "val"}
+OR_WORDS = {"logits", "scores", "source"}
+"""For completion: the paths that are folders (others may be files), and the options that take a path or a word."""
 
 
 def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epilog: str) -> click.Command:
@@ -33,8 +37,8 @@ def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epil
     first = (run.__module__ and _first_paragraph(run)) or ""
 
     def callback(as_json: bool, **given: Any) -> None:
-        outcome = run(config.from_dict(_settings(name, config, given)))
-        click.echo(json.dumps(outcome.facts, ensure_ascii=False, default=str) if as_json else outcome.text)
+        outcome = _run(name, config, run, given)
+        click.echo(json.dumps(outcome.facts, default=str) if as_json else outcome.text)
         if not outcome.ok:
             raise SystemExit(1)
 
@@ -55,46 +59,53 @@ def _parameter(field: dataclasses.Field[Any], kind: tuple[type, bool, bool]) -> 
     plain, _, many = kind
     about = field.metadata
     required = field.default is dataclasses.MISSING
+    value: Any = click.Choice(about["choices"]) if about["choices"] else str if plain is Path else plain
+    complete = _paths(field.name) if plain is Path or field.name in OR_WORDS else None
     if about["argument"]:
-        return click.Argument([field.name], type=plain if plain is not Path else str, required=required, nargs=-1 if many else 1)
+        return click.Argument([field.name], type=value, required=required, nargs=-1 if many else 1, shell_complete=complete)
     flag = "--" + field.name.replace("_", "-")
     names = [flag, field.name] + ([f"-{about['short']}"] if about["short"] else [])
     if plain is bool:
         return click.Option(names, is_flag=True, default=None, help=about["help"])
-    value: Any = click.Choice(about["choices"]) if about["choices"] else str if plain is Path else plain
     shown = "" if field.default in (None, (), dataclasses.MISSING) else f"  [default: {field.default}]"
     metavar = None if about["choices"] else field.name.upper() if plain in (str, Path) else "N"
     if field.name == "frac":
         metavar = "FRACTION"
-    return click.Option(names, type=value, default=None, required=required, multiple=many, metavar=metavar, help=about["help"] + shown)
+    if about["values"]:
+        at_once = len(about["values"].split())
+        return click.Option(names, type=value, default=None, nargs=at_once, metavar=about["values"], help=about["help"] + shown)
+    text = about["help"] + shown
+    return click.Option(
+        names, type=value, default=None, required=required, multiple=many, metavar=metavar, help=text, shell_complete=complete
+    )
 
 
-def _settings(name: str, config: type[Config], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of one command: those given on the command line over those of `kdprune.toml`."""
+def _paths(name: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Tells the shell to complete names of folders, or of files too."""
+    kind = "dir" if name in FOLDERS else "file"
+    return lambda _, __, incomplete: [CompletionItem(incomplete, type=kind)]
+
+
+def _run(name: str, config: type[Config], run: Callable[[Any], Outcome], given: dict[str, Any]) -> Outcome:
+    """Run a stage with what was given on the command line over what stands in files; messages say where an option stands."""
     on_the_line = {key: value for key, value in given.items() if value is not None and value != ()}
-    from_file = _from_file(name, config)
-    for key in CODE:
-        if key not in on_the_line and ":" in str(from_file.get(key, "")):
-            raise UsageError(f"{SETTINGS} names the function {from_file[key]!r} to run: functions are run only when named with --{key}")
-    return from_file | on_the_line
-
-
-def _from_file(name: str, config: type[Config]) -> dict[str, Any]:
-    if not SETTINGS.is_file():
-        return {}
+    settled = _recipes.settle(name, config, on_the_line, _workspace_settings())
+    detail(f"{name}: {', '.join(f'{key} = {value}' for key, value in settled.values.items()) or 'all defaults'}")
     try:
-        sections = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{SETTINGS} cannot be read ({error}): mend it, or move it away") from None
+        return run(config.from_dict(settled.values))
+    except UsageError as error:
+        where = _recipes.origin_of(str(error), settled.origins)
+        if not where:
+            raise
+        raise type(error)(f"{error}{where}") from error
+
+
+def _workspace_settings() -> _recipes.Recipe | None:
+    """`kdprune.toml` of the current folder, if there is one. Raises UsageError for one that cannot be used."""
+    if not os.path.lexists(SETTINGS):
+        return None
     from kdprune_cli.main import COMMANDS
 
-    for section, values in sections.items():
-        if section not in COMMANDS:
-            raise unknown(f"section of {SETTINGS}", section, COMMANDS)
-        if not isinstance(values, dict):
-            raise UsageError(f"{SETTINGS}: {section} = {values!r} stands outside a section: write it under [{section}]")
-    found = {key.replace("-", "_"): value for key, value in sections.get(name, {}).items()}
-    for key in found:
-        if key not in field_types(config):
-            raise unknown(f"option in [{name}] of {SETTINGS}", key, field_types(config))
+    found = _recipes.read(SETTINGS)
+    _recipes.check_sections(found, COMMANDS)
     return found

@@ -8,6 +8,7 @@ from kdprune_pipelines.teacher import TeacherConfig, run
 EXAMPLES = """\
 kdprune-data teacher
 kdprune-data teacher --model resnet56 --epochs 60 --seed 1
+kdprune-data teacher --recipe small --dry-run
 kdprune-data teacher --model resnet50 --weights resnet50.pth --epochs 0"""
 
 command = _command("teacher", TeacherConfig, run, EXAMPLES)

@@ -10,12 +10,17 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from kdprune_data.errors import UsageError, unknown
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+"""What a value should be, for messages."""
+WHOLE_MOST = 2**63 - 1
+"""The largest whole number of any option: 64 bits, as everywhere in the files."""
 
 
 def option(
@@ -27,10 +32,13 @@ def option(
     most: float | None = None,
     argument: bool = False,
     short: str | None = None,
+    values: str | None = None,
+    check: Callable[[Any], object] | None = None,
 ) -> Any:
-    """A field of a Config. `least` and `most` are inclusive; `argument` makes it positional on the command line."""
-    metadata = {"help": help, "choices": choices, "least": least, "most": most, "argument": argument, "short": short}
-    return dataclasses.field(default=default, metadata=metadata)
+    """A field of a Config. `least` and `most` are inclusive; `argument` makes it positional on the command line; `values` names what a
+    tuple of a fixed length is given as, all at once (`LOW HIGH`); `check` raises UsageError for a value that cannot be."""
+    limits = {"choices": choices, "least": least, "most": most, "values": values, "check": check}
+    return dataclasses.field(default=default, metadata={"help": help, "argument": argument, "short": short} | limits)
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,19 @@ class Config:
 
         Raises UsageError for an unknown key, a value of the wrong type, outside its choices or its limits.
         """
-        types_of = field_types(cls)
+        return cls(**cls.checked(values))
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Some settings from plain values, each checked by itself: for files that give a part of them. Raises as `from_dict` does."""
+        types_of, fields = field_types(cls), {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in types_of:
                 raise unknown("option", key, types_of)
-        return cls(**{key: _coerce(key, value, types_of[key]) for key, value in values.items()})
+        found = {key: _coerce(key, value, types_of[key]) for key, value in values.items()}
+        for key, value in found.items():
+            _check(fields[key], value)
+        return found
 
 
 def field_types(cls: type[Config]) -> dict[str, tuple[type, bool, bool]]:
@@ -70,30 +86,47 @@ def _coerce(key: str, value: Any, kind: tuple[type, bool, bool]) -> Any:
     if value is None and optional:
         return None
     if many:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            value = (value,)
-        return tuple(_coerce(key, item, (plain, False, False)) for item in value)
+        items = value if isinstance(value, list | tuple) else (value,)
+        return tuple(_coerce(key, item, (plain, False, False)) for item in items)
     if plain is Path and isinstance(value, str):
-        return Path(value)
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return _path(key, value)
+    if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= WHOLE_MOST:
         return float(value)
     if plain is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        raise UsageError(f"option {key!r} is {value!r}: expected {plain.__name__}")
+        raise UsageError(f"option {key!r} is {_shown(value)}: expected {WORDS.get(plain, plain.__name__)}")
     return value
 
 
+def _path(key: str, text: str) -> Path:
+    if not text or "\0" in text:
+        raise UsageError(f"option {key!r} is {text!r}: expected a path")
+    return Path(text)
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _check(field: Field[Any], value: Any) -> None:
-    limits = field.metadata
+    limits, name = field.metadata, f"--{field.name.replace('_', '-')}"
+    if limits.get("values") and value and len(value) != len(limits["values"].split()):
+        raise UsageError(f"option {field.name!r} is {_shown(list(value))}: expected {len(limits['values'].split())} ({limits['values']})")
     for item in value if isinstance(value, tuple) else (value,):
         if item is None:
             continue
+        if item == "":
+            raise UsageError(f"{field.name.upper() if limits['argument'] else name} is empty: give a value, or leave it out")
         if limits.get("choices") and item not in limits["choices"]:
-            raise unknown(field.name.replace("_", "-"), str(item), limits["choices"])
+            raise unknown(name[2:], str(item), limits["choices"])
         if isinstance(item, float) and not math.isfinite(item):
-            raise UsageError(f"--{field.name.replace('_', '-')} {item} is not a finite number: give one")
+            raise UsageError(f"{name} {item} is not a finite number: give one")
         if limits.get("least") is not None and item < limits["least"]:
-            raise UsageError(f"--{field.name.replace('_', '-')} {item} is too small: at least {limits['least']:,}")
-        if limits.get("most") is not None and item > limits["most"]:
-            raise UsageError(f"--{field.name.replace('_', '-')} {item} is too large: at most {limits['most']:,}")
+            raise UsageError(f"{name} {item} is too small: at least {limits['least']:,}")
+        most = limits["most"] if limits.get("most") is not None else WHOLE_MOST if isinstance(item, int) else None
+        if most is not None and item > most:
+            raise UsageError(f"{name} {item} is too large: at most {most:,}")
+        if limits.get("check"):
+            limits["check"](item)

@@ -37,6 +37,62 @@ def extension(data: bytes) -> str | None:
     return None
 
 
+def size(data: memoryview) -> tuple[int, int]:
+    """(height, width) of an image, from its header alone: of a memory map only the pages that it stands in are read.
+
+    Raises SourceError when it is no JPEG, PNG or WebP with a readable header, or has more pixels than PIXEL_LIMIT. Sources: ITU-T T.81,
+    the PNG specification, RFC 9649.
+    """
+    kind = extension(bytes(data[:12]))
+    try:
+        height, width = {"jpg": _jpeg_size, "png": _png_size, "webp": _webp_size}[kind or ""](data)
+    except (KeyError, IndexError, ValueError, struct.error):
+        raise SourceError("not a JPEG, PNG or WebP image with a readable header") from None
+    if height * width > PIXEL_LIMIT:
+        raise SourceError(f"an image of more pixels than the {PIXEL_LIMIT:,} that are decoded at most; scale it down")
+    return height, width
+
+
+def _png_size(data: memoryview) -> tuple[int, int]:
+    width, height = struct.unpack(">II", data[16:24])
+    return _positive(height, width)
+
+
+def _jpeg_size(data: memoryview) -> tuple[int, int]:
+    at = 2
+    while data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
+            return _positive(*struct.unpack(">HH", data[at + 5 : at + 9]))
+        elif marker in (0xD9, 0xDA):
+            break
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise ValueError
+
+
+def _webp_size(data: memoryview) -> tuple[int, int]:
+    kind = bytes(data[12:16])
+    if kind == b"VP8X":
+        width, height = struct.unpack("3s3s", data[24:30])
+        return int.from_bytes(height, "little") + 1, int.from_bytes(width, "little") + 1
+    if kind == b"VP8L":
+        (bits,) = struct.unpack("<I", data[21:25])
+        return ((bits >> 14) & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return _positive(height & 0x3FFF, width & 0x3FFF)
+    raise ValueError
+
+
+def _positive(height: int, width: int) -> tuple[int, int]:
+    if height < 1 or width < 1:
+        raise ValueError
+    return height, width
+
+
 def decode(data: bytes) -> NDArray[np.uint8]:
     """An encoded image as RGB: uint8 of shape (height, width, 3).
 

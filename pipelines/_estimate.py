@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdprune_pipelines._console import Outcome, count, megabytes
+import numpy as np
+from kdprune_pipelines._console import Outcome, count, duration, megabytes
+from numpy.typing import NDArray
 
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.identity import Identity
@@ -22,6 +24,7 @@ STATES = {
     "unfinished": "is unfinished and would be continued (the estimate is for all of it)",
     "finished": "is finished: nothing would be done",
     "replaced": "would be replaced",
+    "grown": "is finished and would be added to (the estimate is for what is new)",
 }
 
 
@@ -54,10 +57,17 @@ class Estimate:
         return Outcome(None, facts, text)
 
 
-def look(folder: Path, identity: Identity, *, overwrite: bool, append: bool = False) -> str:
-    """The state of a folder that would be written. Raises as the run itself would. `append`: a finished one may still grow."""
-    found = Build.look(folder, identity, overwrite=overwrite)
-    return "unfinished" if append and found == "finished" else found
+def look(folder: Path, identity: Identity, *, overwrite: bool) -> str:
+    """The state of a folder that would be written. Raises as the run itself would."""
+    return Build.look(folder, identity, overwrite=overwrite)
+
+
+def growing(rows: NDArray[np.int64], batch: int) -> Iterator[NDArray[np.int64]]:
+    """Rows in parts of 1, 1, 2, 4, ... and then `batch`: whatever a batch costs, `measure_growing` can stop in time."""
+    size, at = 1, 0
+    while at < len(rows):
+        yield rows[at : at + size]
+        at, size = at + size, min(2 * size, batch) if at else 1
 
 
 def measure(work: Iterator[int], total: int) -> float:
@@ -66,21 +76,39 @@ def measure(work: Iterator[int], total: int) -> float:
     The first step, which also warms up, counts only when there is no other.
     """
     began = time.monotonic()
-    done, started, seconds, before = 0, began, 0.0, 0
+    first, done, started, now = 0, 0, began, began
     for step, units in enumerate(work):
         now = time.monotonic()
-        done, seconds = done + units, now - started
+        done += units
         if step == 0:
-            before, started = units, now
+            first, started = units, now
         if now - began > MOST_SECONDS or done >= total:
             break
-    if done > before:
-        return seconds * total / (done - before)
-    return seconds * total / done if done else 0.0
+    if done > first:
+        return (now - started) * total / (done - first)
+    return (now - began) * total / done if done else 0.0
 
 
-def duration(seconds: float) -> str:
-    """For people: `2 s`, `14 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+def measure_growing(work: Iterator[int], total: int) -> float:
+    """As `measure`, for work in `growing` parts: the largest tell what the rest costs, and none is begun that would take too long.
+
+    The first step loads and warms up what the others use, which may take longer than all of them: its time does not count.
+    """
+    began = last = time.monotonic()
+    spent: dict[int, list[float]] = {}
+    done = 0
+    for step, units in enumerate(work):
+        now = time.monotonic()
+        seconds, last, done = now - last, now, done + units
+        spent.setdefault(units, []).append(seconds)
+        if step == 0:
+            began = now
+        elif now - began + 2 * seconds > MOST_SECONDS:
+            break
+        if done >= total:
+            break
+    if not spent:
+        return 0.0
+    largest = max(spent)
+    times = spent[largest][1:] or spent[largest]  # the first of a size may still choose its kernels
+    return sum(times) / len(times) * total / largest

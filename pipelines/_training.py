@@ -1,35 +1,28 @@
-"""What `teacher` and `distill` share: their options, and a model folder written while a network trains.
-
-The folder gets `epoch-NNN.safetensors` for the epochs kept, then `model.safetensors` and `metrics.jsonl`. `.partial/last.ckpt/` is what an
-interrupted run continues from; it goes with `.partial/`, after the manifest is written.
-"""
+"""What `teacher` and `distill` share before a step is taken: their options, what of them stands in manifests, and first weights."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdprune_pipelines._console import Outcome, bar, count, say
-from kdprune_pipelines._models import WEIGHTS, epoch_weights
+from kdprune_pipelines import _workspace
+from kdprune_pipelines._models import WEIGHTS
 
 from kdprune_data.config import Config, option
 from kdprune_data.errors import UsageError
-from kdprune_data.formats import manifest as m
-from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.manifest import PARTIAL, Manifest, sha256_file
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from kdprune_data.learn.inference import Predictor
-    from kdprune_data.learn.loop import Hooks, LossOf, Recipe, Training
     from kdprune_data.learn.models import Architecture
-    from kdprune_data.learn.views import Normalisation, Policy
+    from kdprune_data.learn.policy import Crops, Policy
+    from kdprune_data.learn.recipe import Recipe
+    from kdprune_data.learn.views import Normalisation
 
 LAST = "last.ckpt"
 
@@ -38,16 +31,35 @@ LAST = "last.ckpt"
 class TrainingConfig(Config):
     """Settings of everything that trains."""
 
+    recipe: str | None = option(None, help="Take the options not given here from this recipe: a packaged one's name, or a TOML file.")
     val: Path | None = option(None, help="The data set to validate on; default data/val, where there is one.")
     epochs: int = option(30, help="Passes over the data.", least=0)
     steps: int | None = option(None, help="Train for exactly this many steps instead of --epochs.", least=1)
     batch: int = option(128, help="Samples in a batch.", least=1)
-    lr: float = option(
-        0.1, help="Peak learning rate (SGD, Nesterov momentum 0.9; linear warm-up of an epoch, then a cosine to 0).", least=0
-    )
+    lr: float = option(0.1, help="Peak learning rate of SGD with Nesterov momentum.", least=0)
+    momentum: float = option(0.9, help="Momentum of SGD; 0: none.", least=0, most=0.9999)
     weight_decay: float = option(5e-4, help="Weight decay; not on norms and biases.", least=0)
+    schedule: str = option(
+        "cosine",
+        help="The learning rate after the warm-up: a cosine to 0, a line to 0, or no change.",
+        choices=("cosine", "linear", "constant"),
+    )
+    warmup_epochs: int = option(1, help="Epochs of linear warm-up; at most half of training is.", least=0)
+    label_smoothing: float = option(0.0, help="Share of the label that is spread over all classes.", least=0, most=0.999)
+    clip: float | None = option(None, help="Scale gradients down to this norm, of all of them together; default never.", least=1e-6)
+    ema: float | None = option(
+        None,
+        help="Learn the moving average of the weights, with this decay a step (0.999); default the last weights.",
+        least=0,
+        most=0.999999,
+    )
+    init: Path | None = option(None, help="Start from the weights of this model folder or file; default fresh ones.")
+    compile: bool = option(False, help="Run the network through torch.compile: slower to start, faster after, other rounding.")
     size: int | None = option(None, help="Side of the input in pixels; default the images' own up to 64, else 224.", least=1)
     flip: str = option("auto", help="Mirror views left to right; auto: not for digits.", choices=("auto", "on", "off"))
+    pad: int | None = option(None, help="Pixels by which crops that are not resized may reach outside; default size/8.", least=0)
+    scale: tuple[float, ...] = option((), help="Share of the area that a resized crop takes; default 0.25 1.", values="LOW HIGH")
+    ratio: tuple[float, ...] = option((), help="Width over height of a resized crop; default 0.75 1.3333.", values="LOW HIGH")
     stem: str = option(
         "auto", help="small: 3x3 convolution and no max-pool; auto: small up to 64 pixels.", choices=("auto", "small", "standard")
     )
@@ -56,15 +68,37 @@ class TrainingConfig(Config):
     keep_epochs: tuple[int, ...] = option((), help="Epochs whose weights are kept; default 10 % of training, and the end.", least=1)
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
-    name: str | None = option(None, help="Name in its usual place.")
+    tensorboard: Path | None = option(None, help="Also write the metrics for TensorBoard, in a folder of the run's name in here.")
+    name: str | None = option(None, help="Name in its usual place.", check=_workspace.plain_name)
     out: Path | None = option(None, help="Exact folder to write.")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
+    dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
 
-    def recipe(self) -> Recipe:
+    def to_recipe(self) -> Recipe:
         """As the training loop takes it."""
-        from kdprune_data.learn.loop import Recipe
+        from kdprune_data.learn.recipe import Recipe
 
-        return Recipe(self.epochs, self.steps, self.batch, self.lr, weight_decay=self.weight_decay, seed=self.seed)
+        return Recipe(
+            self.epochs,
+            self.steps,
+            self.batch,
+            self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warmup_epochs=self.warmup_epochs,
+            seed=self.seed,
+            schedule=self.schedule,
+            label_smoothing=self.label_smoothing,
+            clip=self.clip,
+            ema=self.ema,
+            compile=self.compile,
+        )
+
+    def crops(self) -> Crops:
+        """What is asked of the views' crops. Raises UsageError for ranges that are none."""
+        from kdprune_data.learn.policy import Crops
+
+        return Crops.of(self.pad, self.scale, self.ratio)
 
 
 def kept_epochs(asked: Sequence[int], epochs: int) -> list[int]:
@@ -74,17 +108,6 @@ def kept_epochs(asked: Sequence[int], epochs: int) -> list[int]:
     if late:
         raise UsageError(f"--keep-epochs {late[0]} is after the end: training has {epochs} epochs")
     return sorted(chosen | {epochs})
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training run and the folder it fills."""
-
-    build: Build
-    training: Training
-    keep: Sequence[int]
-    loss_of: LossOf
-    hooks: Hooks
 
 
 def precision(device: torch.device) -> str:
@@ -99,103 +122,48 @@ def inputs(data: Dataset, *others: Mapping[str, Any], val: Path | None) -> list[
 
 
 def setting(
-    recipe: Recipe, *, architecture: Architecture, normalisation: Normalisation, policy: Policy, precision: str | None
+    recipe: Recipe, init: Path | None, *, architecture: Architecture, normalisation: Normalisation, policy: Policy, precision: str | None
 ) -> dict[str, Any]:
-    """The part of a model's config that every model has. precision: None where nothing is trained."""
+    """The part of a model's config that every model has. init: the file of first weights; precision: None where nothing is trained."""
     return {
         "precision": precision,
         "architecture": architecture.to_dict(),
         "normalisation": normalisation.to_dict(),
         "policy": policy.to_dict(),
         "recipe": recipe.to_dict(),
+        "init": None if init is None else sha256_file(init),
     }
 
 
-def train(job: Job) -> dict[str, Any]:
-    """Train to the end, continuing what is there, and write the model's files. Returns the counts for the manifest."""
-    from kdprune_data.learn.loop import Checkpoint, weights
+def init_file(given: Path | None, folder: Path) -> Path | None:
+    """The file of weights to start from: the one given, or that of a model's folder or of a checkpoint's.
 
-    training, build = job.training, job.build
-    before = job.hooks.after_epoch
-    checkpoint = Checkpoint(build.scratch(LAST))
-
-    def after_epoch(epoch: int, row: Mapping[str, Any]) -> None:
-        if before is not None:
-            before(epoch, row)
-        if epoch in job.keep:
-            save(build, epoch_weights(epoch), weights(training.model))
-        if row["val_accuracy"] is not None or epoch == training.plan.epochs:
-            say(_line(row, training.plan.epochs))
-
-    with bar("train", total=training.plan.steps * training.recipe.batch) as progress:
-        training.run(job.loss_of, replace(job.hooks, after_epoch=after_epoch, tick=progress.update), checkpoint)
-    save(build, WEIGHTS, weights(training.model))
-    write_metrics(build, training.metrics)
-    parameters = sum(p.numel() for p in training.model.parameters())
-    samples = len(training.feed.images.data.usable())
-    return {"samples": samples, "steps": training.plan.steps, "epochs": training.plan.epochs, "parameters": parameters}
-
-
-def announce(model: str, training: Training) -> None:
-    """Say what is about to be trained, on what."""
-    policy = training.feed.views.policy
-    samples = count(len(training.feed.images.data.usable()), "sample")
-    mirrored = "mirrored" if policy.flip else "never mirrored"
-    say(
-        f"training {model} on {samples} for {count(training.plan.epochs, 'epoch')} ({count(training.plan.steps, 'step')}) on "
-        f"{training.device}; views: {policy.kind} at {policy.size} pixels, {mirrored}"
-    )
-
-
-def save(build: Build, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors."""
-    from safetensors.torch import save as to_bytes
-
-    build.write(path, to_bytes(dict(tensors)))
-
-
-def write_metrics(build: Build, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write metrics.jsonl."""
-    build.write("metrics.jsonl", b"".join(m.canonical(row) + b"\n" for row in rows))
-
-
-def _line(row: Mapping[str, Any], epochs: int) -> str:
-    val = "" if row["val_accuracy"] is None else f", val {row['val_accuracy']:.2%} (loss {row['val_loss']:.3f})"
-    return f"epoch {row['epoch']}/{epochs}: train {row['train_accuracy']:.2%} (loss {row['train_loss']:.3f}){val}"
-
-
-def validator(folder: Path | None, predictor: Predictor, train: Dataset) -> Callable[[], tuple[float, float]] | None:
-    """A function that gives (loss, accuracy) on the validation data; None where there is none.
-
-    Raises MismatchError when it has other classes than the training data.
+    Raises UsageError when there is none, or it lies in the folder that is to be written.
     """
-    from kdprune_data.learn.inference import evaluate
-    from kdprune_data.learn.stream import Images
-
-    if folder is None:
-        say("no validation data: nothing is validated while training (import with --holdout 0.1 to have some)")
+    if given is None:
         return None
-    data = Dataset.open(folder)
-    data.same_classes(train.classes, str(train.folder))
-    images = Images(data)
+    if (given / PARTIAL / LAST).is_dir():
+        raise UsageError(f"--init {given} is not finished: give {given / PARTIAL / LAST} to start from its last state")
+    if (given / "state.json").is_file():
+        from kdprune_data.learn.checkpoint import state_file
 
-    def measure() -> tuple[float, float]:
-        found = evaluate(predictor, images)
-        return found.loss, found.accuracy
+        file = state_file(given)
+    elif given.is_dir():
+        Manifest.load(given, kinds=("model",))
+        file = given / WEIGHTS
+    else:
+        file = given
+    if not file.is_file():
+        raise UsageError(f"--init {given} does not exist: give the folder of a model, or a file of weights")
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--init {given} lies in {folder}, which is to be written: give another --name, or move the weights")
+    return file
 
-    return measure
 
+def begin_from(net: nn.Module, file: Path | None) -> nn.Module:
+    """The network with the weights of a file, where there is one. Raises SourceError and MismatchError."""
+    if file is not None:
+        from kdprune_data.learn.weights import load_weights
 
-def outcome(folder: Path, made: Manifest, started: float) -> Outcome:
-    """What a training stage hands back."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = rows[-1] if rows else {}
-    val = last.get("val_accuracy")
-    counts = made.counts
-    when = " after the last epoch" if counts["epochs"] else ""  # adopted weights had none here
-    shown = f", val {val:.2%}{when}" if val is not None else ""
-    text = (
-        f"{folder}: {made.config['architecture']['name']}, {counts['parameters']:,} parameters, {count(counts['epochs'], 'epoch')}, "
-        f"{count(counts['steps'], 'step')} on {count(counts['samples'], 'sample')}{shown}; {time.monotonic() - started:.0f} s"
-    )
-    return Outcome(folder, {"folder": str(folder), "counts": counts, "val_accuracy": val, "digest": made.digest}, text)
+        load_weights(net, file)
+    return net

@@ -58,15 +58,19 @@ def candidates(usual: Path, fits: Fits = lambda _: True) -> list[Path]:
     return [folder for folder in folders if fits(Manifest.read(folder))]
 
 
+def plain_name(name: str) -> None:
+    """Raise UsageError for a `--name` that is none, or would lead out of its usual place."""
+    if "/" in name or name.startswith("."):
+        raise UsageError(f"--name {name!r} is not a plain name: no slash, no leading dot; use --out for a folder elsewhere")
+
+
 def place(out: Path | None, name: str | None, usual: Path, derived: str) -> tuple[Path, str]:
     """(folder, name) of what is to be made: `--out` is the exact folder, `--name` a name in the usual place.
 
-    Raises UsageError when both are given or the name is not a plain one.
+    Raises UsageError when both are given.
     """
     if out is not None and name is not None:
         raise UsageError("--out and --name were both given: --out is the exact folder, --name a name in its usual place; give one")
-    if name is not None and (not name or "/" in name or name.startswith(".")):
-        raise UsageError(f"--name {name!r} is not a plain name: no slash, no leading dot; use --out for a folder elsewhere")
     if out is not None:
         return out, out.resolve().name
     chosen = name or derived
@@ -80,7 +84,8 @@ def check_classes(split: str, folder: Path, classes: Sequence[str]) -> None:
         return
     wanted = list(Manifest.load(train, kinds=("dataset",)).classes)
     if list(classes) != wanted:
-        differs = sorted(set(wanted) ^ set(classes))[:3] or ["their order"]
+        own, lacking = sorted(set(classes) - set(wanted)), sorted(set(wanted) - set(classes))
+        differs = (own or lacking)[:3] or ["their order"]
         raise UsageError(
             f"the classes of this {split} split are not those of {train}: {len(classes)} against {len(wanted)}, differing in "
             f"{', '.join(differs)}; use a source with the same classes (adopted shards: name them with --classes FILE)"

@@ -10,10 +10,8 @@ Everything is a plain workspace that the other commands work in.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from kdprune_pipelines import cache, distill, evaluate, import_, score, select, teacher
 from kdprune_pipelines._console import Outcome, quiet, say, track
+from kdprune_pipelines._workers import results, workers
 
 from kdprune_data.config import Config, option
 
@@ -66,9 +65,8 @@ def run(config: DemoConfig) -> Outcome:
         _prune(config)
     lessons = [Lesson(config.out, frac, seed, arm, config.overwrite) for frac, seed, arm in product(FRACTIONS, range(config.seeds), ARMS)]
     say(f"3/3 {len(lessons)} students ({STUDENT}, {STEPS} steps each) at {len(FRACTIONS)} kept fractions, {config.seeds} seeds")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_one_thread) as pool:
-        found = list(track(pool.map(_train_student, lessons), "students", total=len(lessons), unit="student"))
+    with workers(config.jobs, _one_thread) as pool:
+        found = list(track(results(pool, _train_student, lessons), "students", total=len(lessons), unit="student"))
     accuracy = {(one.frac, one.seed, one.arm): value for one, value in zip(lessons, found, strict=True)}
     table = [_row(frac, accuracy, config.seeds) for frac in FRACTIONS]
     facts = {
@@ -86,8 +84,8 @@ def _teach(config: DemoConfig) -> float:
     """Data, teacher and scores; returns the teacher's accuracy on test."""
     out, again = config.out, config.overwrite
     train, val, where = out / "data/train", out / "data/val", _teacher(out)
-    import_.run(import_.ImportConfig(source="digits", holdout="0.1", out=train, overwrite=again))
-    import_.run(import_.ImportConfig(source="digits", split="test", out=out / "data/test", overwrite=again))
+    import_.run(import_.ImportConfig(source=("digits",), holdout="0.1", out=train, overwrite=again))
+    import_.run(import_.ImportConfig(source=("digits",), split="test", out=out / "data/test", overwrite=again))
     teacher.run(teacher.TeacherConfig(data=train, val=val, epochs=TEACHER_EPOCHS, batch=BATCH, out=where, overwrite=again))
     score.run(score.ScoreConfig(data=train, teacher=where, out=out / "scores/resnet20-s0", overwrite=again))
     return float(evaluate.run(evaluate.EvaluateConfig(model=where, data=out / "data/test")).facts["accuracy"])

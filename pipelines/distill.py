@@ -10,12 +10,14 @@ Writes `students/SUBSET--MODEL-aALPHA-sSEED`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdprune_pipelines import _training, _workspace
+from kdprune_pipelines import _fit, _preview, _recipes, _training, _workspace
 from kdprune_pipelines._console import Outcome, say
+from kdprune_pipelines._fit import Validation
+from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import TrainingConfig
 
 from kdprune_data import order
@@ -28,8 +30,10 @@ from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kdprune_data.learn.inference import Predictor
-    from kdprune_data.learn.stream import Images, ViewSource
+    from kdprune_data.learn.stream import Batch, Images, ViewSource
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Lesson:
 def run(config: DistillConfig) -> Outcome:
     """Train a student. Raises UsageError, MismatchError, FormatError and ExistsError."""
     started = time.monotonic()
+    config = _recipes.applied("distill", config)
     if config.epochs == 0 and config.steps is None:
         raise UsageError("--epochs 0 trains nothing: give at least 1")
     data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
@@ -79,8 +84,10 @@ def run(config: DistillConfig) -> Outcome:
     plain = config.model.replace(":", "-").replace("/", "-")
     derived = f"{data.manifest.name}--{plain}-a{lesson.alpha:g}-s{config.seed}"
     folder, name = _workspace.place(config.out, config.name, _workspace.STUDENTS, derived)
+    init = _training.init_file(config.init, folder)
     settings = _training.setting(
-        config.recipe(),
+        config.to_recipe(),
+        init,
         architecture=architecture,
         normalisation=normalisation,
         policy=policy,
@@ -90,13 +97,22 @@ def run(config: DistillConfig) -> Outcome:
     settings["keep_epochs"] = sorted(config.keep_epochs)
     # Of the cache only what was read, in `views`, and its teacher: views that are added later make no other student.
     inputs = _training.inputs(data, *([] if cache is None else [cache.teacher]), val=val)
-    with Build.begin(folder, Identity("model", name, settings, inputs), overwrite=config.overwrite) as build:
+    place = _preview.Place(folder, Identity("model", name, settings, inputs), config.overwrite)
+    # Before the folder is touched: it may be about to replace what these weights lie in.
+    net = _training.begin_from(models.build(architecture, seed=order.derived(config.seed, "init/student"), code=config.model), init)
+    student = Predictor(net, normalisation, policy.size, device)
+    if config.dry_run:
+        validation = _fit.validation(val, data)
+        return _preview.estimate(place, _job(config, lesson, images, student, validation), validation)
+    board = None if config.tensorboard is None else Board(config.tensorboard, name)
+    with Build.begin(folder, place.identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
-            return _training.outcome(folder, build.done, started)
-        net = models.build(architecture, seed=order.derived(config.seed, "init/student"), code=config.model)
-        made = _train(config, build, lesson, images, Predictor(net, normalisation, policy.size, device), val)
-    return _training.outcome(folder, made, started)
+            return _fit.outcome(folder, build.done, started)
+        job = replace(_job(config, lesson, images, student, _fit.validation(val, data)), board=board)
+        _fit.announce(config.model, job.training)
+        made = build.seal(counts=_fit.train(job, build), classes=data.classes, content=data.manifest.content)
+    return _fit.outcome(folder, made, started)
 
 
 def _labels_only(config: DistillConfig, data: Dataset) -> Lesson:
@@ -109,7 +125,7 @@ def _labels_only(config: DistillConfig, data: Dataset) -> Lesson:
         raise UsageError(f"--alpha {config.alpha} weighs a teacher, and there is no logit cache: run `kdprune-data cache`, or --alpha 0")
     _check_labels(data, alpha)
     seed = config.seed if config.view_seed is None else config.view_seed
-    policy = views.policy_for(data.sizes[data.usable()], data.classes, size=config.size, flip=config.flip, seed=seed)
+    policy = views.policy_for(data.sizes[data.usable()], data.classes, size=config.size, flip=config.flip, seed=seed, crops=config.crops())
     return Lesson(DrawnViews(data, policy, config.views), {"from": "drawn", "count": config.views}, alpha)
 
 
@@ -186,29 +202,30 @@ def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> Non
                 f"{cache.folder} holds the logits of teacher {cache.teacher['name']} ({cache.teacher['digest'][:12]}), not of "
                 f"{config.teacher} ({asked.digest[:12]}): use its own cache, or run cache with that teacher"
             )
-    if config.size is not None or config.flip != "auto" or config.view_seed is not None:
-        there = views.Policy.from_dict(cache.policy)
-        flip = config.flip if config.flip != "auto" else "on" if there.flip else "off"
-        seed = there.seed if config.view_seed is None else config.view_seed
-        sizes = data.sizes[data.usable()]
-        check_policy(cache, views.policy_for(sizes, data.classes, size=config.size or there.size, flip=flip, seed=seed))
+    there, crops = views.Policy.from_dict(cache.policy), config.crops()
+    flip = there.flip if config.flip == "auto" else config.flip == "on"
+    seed = there.seed if config.view_seed is None else config.view_seed
+    asked_policy = replace(there, size=config.size or there.size, flip=flip, seed=seed)
+    if crops.pad is not None:
+        asked_policy = replace(asked_policy, kind="pad-crop", pad=crops.pad)
+    if crops.resized:
+        asked_policy = replace(asked_policy, kind="resized-crop", scale=crops.scale or there.scale, ratio=crops.ratio or there.ratio)
+    check_policy(cache, asked_policy)
 
 
-def _train(config: DistillConfig, build: Build, lesson: Lesson, images: Images, student: Predictor, val: Path | None) -> Manifest:
+def _job(config: DistillConfig, lesson: Lesson, images: Images, student: Predictor, val: Validation | None) -> _fit.Job:
+    """The training: what it learns from, and by which loss."""
     from kdprune_data.learn.loop import Hooks, Training
     from kdprune_data.learn.losses import distillation
     from kdprune_data.learn.stream import Feed
 
-    data = images.data
     feed = Feed(images, lesson.views, config.batch, config.seed, config.jobs)
-    training = Training(student.net, feed, config.recipe(), normalisation=student.normalisation, device=student.device)
-    _training.announce(config.model, training)
-    validate = _training.validator(val, student, data)
-    hooks = Hooks(validate=validate, validate_every=max(1, training.plan.epochs // 30))
+    training = Training(student.net, feed, config.to_recipe(), normalisation=student.normalisation, device=student.device)
+    epochs = training.plan.validated(len(images.data.usable()), None if val is None else val.samples)
     keep = _training.kept_epochs(config.keep_epochs, training.plan.epochs) if config.keep_epochs else []
-    alpha, tau = lesson.alpha, config.temperature
-    job = _training.Job(
-        build, training, keep, lambda z, batch: distillation(z, batch.logits, batch.labels, alpha=alpha, temperature=tau), hooks
-    )
-    counts = _training.train(job)
-    return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
+    alpha, tau, smoothing = lesson.alpha, config.temperature, config.label_smoothing
+
+    def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+        return distillation(logits, batch.logits, batch.labels, alpha=alpha, temperature=tau, smoothing=smoothing)
+
+    return _fit.Job(training, keep, loss_of, _fit.validating(Hooks(validated=epochs, noted=epochs), training, val))

@@ -8,6 +8,7 @@ Writes `scores/TEACHER`: `part-NNNNNN.parquet`, and on request `embedding-` and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from kdprune_pipelines import _workspace
 from kdprune_pipelines._console import Outcome, bar, count, say
+from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
 from kdprune_pipelines._models import Saved, open_model
 from numpy.typing import NDArray
 
@@ -26,7 +28,7 @@ from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import Manifest
-from kdprune_data.formats.scores import PART, SCORES, write_part, write_vectors
+from kdprune_data.formats.scores import PART, SCORES, VECTORS, write_part, write_vectors
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +53,10 @@ class ScoreConfig(Config):
     code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
-    name: str | None = option(None, help="Name in scores/; default the teacher's.")
+    name: str | None = option(None, help="Name in scores/; default the teacher's.", check=_workspace.plain_name)
     out: Path | None = option(None, help="Exact folder to write.")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
+    dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,11 @@ def run(config: ScoreConfig) -> Outcome:
         "batch": config.batch,
         "precision": "float32",
     }
-    inputs = [data.manifest.as_input("data"), saved.manifest.as_input("teacher")]
-    with Build.begin(folder, Identity("scores", name, settings, inputs), overwrite=config.overwrite) as build:
+    identity = Identity("scores", name, settings, [data.manifest.as_input("data"), saved.manifest.as_input("teacher")])
+    if config.dry_run:
+        state = look(folder, identity, overwrite=config.overwrite)
+        return _estimate(_scorer(config, saved, data, past), folder, state)
+    with Build.begin(folder, identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
             return _outcome(folder, build.done)
@@ -147,30 +153,32 @@ def _score(scorer: Scorer, build: Build, data: Dataset) -> Manifest:
     say(f"scoring {count(samples, 'sample')} in {count(len(shards), 'shard')} on {scorer.device}")
     if scorer.saved.manifest.content in _workspace.contents(data.manifest.as_input("data")):
         say("the run that made the teacher makes the scores too: for scores that are independent of it, score with another seed's teacher")
-    with bar("score", total=samples) as progress:
-        for shard in shards:
-            rows = data.rows_of(shard)
-            if build.finished(PART % shard) is None:
-                _score_shard(scorer, build, shard, rows)
-            progress.update(len(rows))
+    todo = [shard for shard in shards if not _stands(scorer.config, build, shard)]
+    left = sum(len(data.rows_of(shard)) for shard in todo)
+    with bar("score", total=samples, initial=samples - left) as progress:
+        for shard in todo:
+            _score_shard(scorer, build, shard, progress.update)
     counts = {"samples": samples, "shards": len(shards)}
     return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
 
 
-def _score_shard(scorer: Scorer, build: Build, shard: int, rows: NDArray[np.int64]) -> None:
-    """Score one shard; its part is written last, so that one that stands is complete with its vectors."""
-    from kdprune_data.learn.inference import evaluating, evaluation_batches
+def _stands(config: ScoreConfig, build: Build, shard: int) -> bool:
+    """Whether all files of a shard are whole from an earlier run."""
+    names = [PART % shard, *(VECTORS % (what, shard) for what in ("embedding", "logits") if getattr(config, what))]
+    return all(build.finished(name) is not None for name in names)
 
+
+def _score_shard(scorer: Scorer, build: Build, shard: int, tick: Callable[[int], None]) -> None:
+    """Score one shard."""
     data, config = scorer.images.data, scorer.config
+    rows = data.rows_of(shard)
     pieces: list[Columns] = []
     vectors: dict[str, list[NDArray[np.float16]]] = {"embedding": [], "logits": []}
-    with evaluating(scorer.final, scorer.device), evaluating(scorer.early or scorer.final, scorer.device):
-        size = scorer.saved.architecture.size
-        for some_rows, pixels in evaluation_batches(scorer.images, rows, size=size, batch=config.batch, threads=config.jobs):
-            final, early = _outputs(scorer, some_rows, pixels)
-            pieces.append(_columns(final, early))
-            for what in vectors:
-                vectors[what].append(getattr(final, what).cpu().clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16))
+    for columns, found in _scored(scorer, order.batches(rows, config.batch)):
+        pieces.append(columns)
+        for what, values in found.items():
+            vectors[what].append(values)
+        tick(len(columns["loss"]))
     columns = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
     columns |= {name: values[rows] for name, values in scorer.past.items()}
     _check_finite(columns, data, rows)
@@ -179,6 +187,38 @@ def _score_shard(scorer: Scorer, build: Build, shard: int, rows: NDArray[np.int6
             write_vectors(build, what, shard, np.concatenate(vectors[what]))
     ordered = {name: columns[name] for name in SCORES if name in columns}
     write_part(build, shard, data.ids[rows].tolist(), data.labels[rows], ordered, scorer.sources)
+
+
+def _scored(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[tuple[Columns, dict[str, NDArray[np.float16]]]]:
+    """The scores of each batch of rows that the networks give, and its embedding and logits."""
+    from kdprune_data.learn.inference import evaluating, evaluation_batches
+
+    size = scorer.saved.architecture.size
+    with evaluating(scorer.final, scorer.device), evaluating(scorer.early or scorer.final, scorer.device):
+        for rows, pixels in evaluation_batches(scorer.images, batches, size=size, threads=scorer.config.jobs):
+            final, early = _outputs(scorer, rows, pixels)
+            vectors = {"embedding": final.embedding, "logits": final.logits}
+            half = {n: v.cpu().clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16) for n, v in vectors.items()}
+            yield _columns(final, early), half
+
+
+def _estimate(scorer: Scorer, folder: Path, state: str) -> Outcome:
+    """What scoring would do: bytes before compression, seconds from a few batches of the very work."""
+    data, config = scorer.images.data, scorer.config
+    rows = data.usable()
+    each = 4 * (1 + len(scorer.sources))  # the label and the scores
+
+    def work() -> Iterator[int]:
+        nonlocal each
+        for n, (columns, vectors) in enumerate(_scored(scorer, growing(rows, config.batch))):
+            if n == 0:
+                each += sum(vectors[what].nbytes for what in ("embedding", "logits") if getattr(config, what))
+            yield len(columns["loss"])
+
+    seconds = 0.0 if state == "finished" else measure_growing(work(), len(rows))
+    size = each * len(rows) + sum(len(one) for one in data.ids[rows])
+    counts = {"sample": len(rows), "shard": len(np.unique(data.shards[rows]))}
+    return Estimate(folder, state, counts, size, seconds).outcome()
 
 
 def _outputs(scorer: Scorer, rows: NDArray[np.int64], pixels: torch.Tensor) -> tuple[Outputs, Outputs]:

@@ -10,6 +10,7 @@ Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset r
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,11 +21,13 @@ import numpy as np
 import pyarrow as pa
 from kdprune_pipelines import _workspace as workspace
 from kdprune_pipelines._console import Outcome, count, megabytes, say, track
+from kdprune_pipelines._estimate import Estimate, look
+from kdprune_pipelines._picks import Picks, cost, join, listed_rows, say_short
 from numpy.typing import NDArray
 
 from kdprune_data import order, selectors
 from kdprune_data.config import Config, option
-from kdprune_data.errors import MismatchError, SourceError, UsageError, some, unknown
+from kdprune_data.errors import MismatchError, UsageError, unknown
 from kdprune_data.formats import dataset, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
@@ -39,13 +42,18 @@ from kdprune_data.sources import foreign
 RANKING_LIMIT = 10_000_000
 
 
+def _check_method(name: str) -> None:
+    if name not in ("random", *SCORES):
+        raise unknown("method", name, ["random", *SCORES])
+
+
 @dataclass(frozen=True)
 class SelectConfig(Config):
-    """Settings of `select`."""
+    """Settings of `select`. Raises UsageError for options that do not go together."""
 
     data: Path | None = option(None, help="The data set (or subset) to choose from; default data/train.", argument=True)
-    frac: str | None = option(None, help="Fraction of the samples to KEEP, above 0 and at most 1.")
-    method: str | None = option(None, help=f"random (the default) or a recorded score: {', '.join(SCORES)}.")
+    frac: str | None = option(None, help="Fraction of the samples to KEEP, above 0 and at most 1.", check=order.fraction)
+    method: str | None = option(None, help=f"random (the default) or a recorded score: {', '.join(SCORES)}.", check=_check_method)
     scores: Path | None = option(None, help="Scores folder, or anybody's Parquet file of scores (with --column).")
     column: str | None = option(None, help="Column of --scores FILE.parquet to rank by.")
     hard: str | None = option(None, help="Which end of a foreign column is the hard one.", choices=("high", "low"))
@@ -55,12 +63,28 @@ class SelectConfig(Config):
     seed: int = option(0, help="Seed of the random order and of ties.", least=0)
     ids_only: bool = option(False, help="Write no tars: the subset reads its parent's.")
     ranks: bool = option(False, help=f"Write ranking.parquet above {RANKING_LIMIT:,} samples too.")
-    name: str | None = option(None, help="Name in subsets/; default METHOD-FRACTION-sSEED.")
+    name: str | None = option(None, help="Name in subsets/; default METHOD-FRACTION-sSEED.", check=workspace.plain_name)
     out: Path | None = option(None, help="Exact folder to write.")
     shard_samples: int = option(dataset.SHARD_SAMPLES, help="Most samples in a shard.", least=1)
     shard_bytes: int = option(dataset.SHARD_BYTES, help="Most bytes in a shard.", least=4096)
     jobs: int = option(2, help="Threads that copy shards.", least=1, short="j")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
+    dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.frac is None) == (self.keys is None):
+            raise UsageError("say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE")
+        if self.keys and (self.method or self.scores or self.column):
+            raise UsageError("--keys is a list by itself: it goes without --method, --scores and --column")
+        if self.method and self.column:
+            raise UsageError("--method and --column were both given: --column names the column of --scores FILE to rank by; give one")
+        if self.keep and (self.keys or (self.method or self.column or "random") == "random"):
+            raise UsageError(f"--keep {self.keep} chooses an end of a score, and none ranks here: name one with --method or --column")
+        if self.hard and not self.column:
+            raise UsageError(f"--hard {self.hard} is for a column of somebody's --scores FILE: recorded scores know which end is hard")
+        if self.column and not self.scores:
+            raise UsageError("--column names a column of a Parquet file: give the file with --scores FILE")
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class Choice:
 
 def run(config: SelectConfig) -> Outcome:
     """Select a subset. Raises UsageError, MismatchError, SourceError and ExistsError."""
-    _check_options(config)
+    started = time.monotonic()
     parent = Dataset.open(workspace.data(config.data, "train", option="DATA"))
     candidates = parent.usable()
     choice = _choice(config, parent, candidates)
@@ -92,32 +116,20 @@ def run(config: SelectConfig) -> Outcome:
         "shard_bytes": config.shard_bytes,
     }
     identity = Identity("subset", name, settings, [parent.manifest.as_input("data"), *choice.inputs])
+    if config.dry_run:
+        state = look(folder, identity, overwrite=config.overwrite)
+        return _estimate(config, folder, state, _pick(config, parent, candidates, choice, keep), started)
     with Build.begin(folder, identity, overwrite=config.overwrite) as build:
-        made = build.done or _write(config, build, parent, candidates, choice, keep)
+        made = build.done or _write(config, build, _pick(config, parent, candidates, choice, keep))
         if build.done:
             say("already done")
     return _outcome(folder, made)
 
 
-def _check_options(config: SelectConfig) -> None:
-    if (config.frac is None) == (config.keys is None):
-        raise UsageError("say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE")
-    if config.keys and (config.method or config.scores or config.column):
-        raise UsageError("--keys is a list by itself: it goes without --method, --scores and --column")
-    if config.method and config.column:
-        raise UsageError("--method and --column were both given: --column names the column of --scores FILE to rank by; give one")
-    if config.keep and (config.keys or (config.method or config.column or "random") == "random"):
-        raise UsageError(f"--keep {config.keep} chooses an end of a score, and none ranks here: name one with --method or --column")
-    if config.hard and not config.column:
-        raise UsageError(f"--hard {config.hard} is for a column of somebody's --scores FILE: recorded scores know which end is hard")
-    if config.column and not config.scores:
-        raise UsageError("--column names a column of a Parquet file: give the file with --scores FILE")
-
-
 def _choice(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64]) -> Choice:
     if config.keys:
         listed = foreign.read_ids(config.keys)
-        return Choice("keys", {"keys": sha256_file(config.keys)}, rows=_listed_rows(config.keys, listed, parent))
+        return Choice("keys", {"keys": sha256_file(config.keys)}, rows=listed_rows(config.keys, listed, parent))
     method = config.column or config.method or "random"
     ranking: dict[str, Any] = {"balance": config.balance}
     if method == "random" and not config.column:
@@ -139,7 +151,7 @@ def _recorded_choice(config: SelectConfig, method: str, parent: Dataset, candida
     if scores.manifest.content not in known:
         raise MismatchError(f"{where} scores other data than {parent.folder}: run `kdprune-data score --data {parent.folder}` for these")
     uids, values = scores.read(method)
-    joined = _join(parent, candidates, uids, values.astype(np.float64), str(where))
+    joined = join(parent, candidates, uids, values.astype(np.float64), str(where))
     return Choice(method, ranking, joined, SCORES[method].hard == "high", (scores.manifest.as_input("scores"),))
 
 
@@ -154,46 +166,9 @@ def _foreign_choice(config: SelectConfig, path: Path, parent: Dataset, candidate
     if hard is None:
         raise UsageError(f"which end of column {config.column!r} is the hard one? say --hard high or --hard low")
     values = listed.values if listed.values is not None else np.zeros(0)
-    joined = _join(parent, candidates, listed.uids, values, str(path))
+    joined = join(parent, candidates, listed.uids, values, str(path))
     settings = ranking | {"scores_file": sha256_file(path), "column": config.column, "hard": hard}
     return Choice(config.column, settings, joined, hard == "high")
-
-
-def _join(
-    parent: Dataset, candidates: NDArray[np.int64], uids: NDArray[np.uint64], values: NDArray[np.float64], where: str
-) -> NDArray[np.float64]:
-    """The candidates' scores, by id. Raises MismatchError for one that is missing, SourceError for one that is no finite number."""
-    found = order.locate(uids, parent.uids[candidates])
-    missing = parent.ids[candidates[found < 0]]
-    if len(missing):
-        raise MismatchError(
-            f"{where} has no score for {count(len(missing), 'sample')} of {parent.folder} ({some(missing)}): score this data set"
-        )
-    joined = values[found]
-    bad = parent.ids[candidates[~np.isfinite(joined)]]
-    if len(bad):
-        raise SourceError(
-            f"{where} has no finite score for {count(len(bad), 'sample')} ({some(bad)}): every candidate needs a finite number"
-        )
-    return joined
-
-
-def _listed_rows(path: Path, listed: foreign.Named, parent: Dataset) -> NDArray[np.int64]:
-    """The rows of a list of ids, ascending. Raises SourceError for one that is repeated, unknown, or does not decode."""
-    if not len(listed.uids):
-        raise SourceError(f"{path} lists no ids: nothing to keep")
-    twice = order.first_repeat(listed.uids)
-    if twice:
-        raise SourceError(f"{path} lists {listed.names[twice[0]]!r} more than once: a subset holds each sample once")
-    rows = order.locate(parent.uids, listed.uids)
-    absent = [str(listed.names[n]) for n in np.flatnonzero(rows < 0)[:4]]
-    if absent:
-        n = int((rows < 0).sum())
-        raise SourceError(f"{path} lists {count(n, 'id')} that {parent.folder} does not have ({some(absent, 4)}): use ids of that data set")
-    bad = parent.ids[rows[~parent.ok[rows]]]
-    if len(bad):
-        raise SourceError(f"{path} lists {count(len(bad), 'sample')} that do not decode ({some(bad)}): leave them out")
-    return np.sort(rows)
 
 
 def _how_many(config: SelectConfig, choice: Choice, candidates: int) -> tuple[int, Decimal]:
@@ -206,14 +181,25 @@ def _how_many(config: SelectConfig, choice: Choice, candidates: int) -> tuple[in
     return keep, frac
 
 
-def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDArray[np.int64], choice: Choice, keep: int) -> Manifest:
-    """Rank, plan, copy and seal."""
-    pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates], choice.scores)
-    params = selectors.Params(config.seed, config.balance, config.keep or "hard", choice.hard_is_high)
-    picked = None if choice.rows is not None else selectors.select("score" if choice.scores is not None else "random", pool, keep, params)
-    places = np.searchsorted(candidates, choice.rows) if choice.rows is not None else picked.indices if picked else candidates[:0]
-    rows = candidates[places]
-    say(f"keep {len(rows):,} of {count(len(candidates), 'sample')} by {choice.method}")
+def _pick(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64], choice: Choice, keep: int) -> Picks:
+    """Rank and choose, or take the list as it is."""
+    scores = None if choice.scores is None else choice.scores.astype(np.float32)
+    if choice.rows is not None:
+        found = Picks(parent, candidates, np.searchsorted(candidates, choice.rows), scores, None)
+    else:
+        pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates], choice.scores)
+        params = selectors.Params(config.seed, config.balance, config.keep or "hard", choice.hard_is_high)
+        picked = selectors.select("random" if choice.scores is None else "score", pool, keep, params)
+        found = Picks(parent, candidates, picked.indices, scores, picked.order)
+    say(f"keep {len(found.rows):,} of {count(len(candidates), 'sample')} by {choice.method}")
+    if choice.rows is None and config.balance == "uniform":
+        say_short(found)
+    return found
+
+
+def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
+    """Plan, copy and seal."""
+    parent, rows = picks.parent, picks.rows
     outside: list[File] = []
     if config.ids_only:
         outside = _parents_shards(parent, build.folder)
@@ -222,15 +208,26 @@ def _write(config: SelectConfig, build: Build, parent: Dataset, candidates: NDAr
         plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
         names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))
         index = subset.index_of(parent, plan)
-    scores = None if choice.scores is None else choice.scores.astype(np.float32)
-    subset.write_selection(build, index, None if scores is None else scores[places], None)
+    subset.write_selection(build, index, None if picks.scores is None else picks.scores[picks.places], None)
     facts = dataset.write_index(build, index, parent.classes, names)
-    if picked is not None and picked.order is not None and (len(candidates) <= RANKING_LIMIT or config.ranks):
-        subset.write_ranking(build, parent.ids[candidates].tolist(), scores, picked.order)
+    if picks.ranking is not None and _writes_ranking(config, picks):
+        subset.write_ranking(build, parent.ids[picks.candidates].tolist(), picks.scores, picks.ranking)
     build.write("README.md", _card(build, parent, index, facts).encode())
-    counts = facts.counts | {"candidates": len(candidates), "kept": len(rows)}
+    counts = facts.counts | {"candidates": len(picks.candidates), "kept": len(rows)}
     side = ["README.md", subset.RANKING]
     return build.seal(counts=counts, classes=parent.classes, content=facts.content, side=side, outside=outside)
+
+
+def _writes_ranking(config: SelectConfig, picks: Picks) -> bool:
+    return picks.ranking is not None and (len(picks.candidates) <= RANKING_LIMIT or config.ranks)
+
+
+def _estimate(config: SelectConfig, folder: Path, state: str, picks: Picks, started: float) -> Outcome:
+    """What selecting would do; what has been done for it so far is part of the time."""
+    limits = None if config.ids_only else Limits(config.shard_samples, config.shard_bytes)
+    found = cost(picks, limits, jobs=config.jobs, ranking=_writes_ranking(config, picks))
+    counts = {"sample": len(picks.rows)} | ({} if config.ids_only else {"shard": found.shards})
+    return Estimate(folder, state, counts, found.bytes, time.monotonic() - started + found.seconds).outcome()
 
 
 def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
@@ -247,8 +244,12 @@ def _card(build: Build, parent: Dataset, index: pa.Table, facts: dataset.Facts) 
     how = f"by {identity.config['method']}, fraction {identity.config['frac']}"
     how += "" if identity.config["seed"] is None else f", seed {identity.config['seed']}"
     note = f"Kept from {parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`) {how}."
-    images = subset.image_members(shards, index)
-    card = Card(identity.name, _split(parent.manifest.as_input("data")), images, facts.counts["labelled"] > 0, note)
+    members = parent.members
+    images = [members.image] if members.image and shards else subset.image_members(shards, index)
+    if members.label != "cls":
+        note += f" Classes are numbers in `index.parquet`; the members say them their way (`{members.label}`)."
+    labelled = facts.counts["labelled"] > 0 and members.label == "cls"
+    card = Card(identity.name, _split(parent.manifest.as_input("data")), images, labelled, note)
     return dataset_card(card, facts.counts, parent.classes)
 
 

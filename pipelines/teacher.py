@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdprune_pipelines import _training, _workspace
+from kdprune_pipelines import _estimate, _fit, _preview, _recipes, _training, _workspace
 from kdprune_pipelines._console import Outcome, say
+from kdprune_pipelines._fit import Validation
 from kdprune_pipelines._models import WEIGHTS
+from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import TrainingConfig
 
 from kdprune_data import order
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kdprune_data.learn.loop import Recipe
     from kdprune_data.learn.models import Architecture
+    from kdprune_data.learn.recipe import Recipe
     from kdprune_data.learn.stream import Images
     from kdprune_data.learn.views import Normalisation, Policy
 
@@ -66,8 +68,11 @@ class Setup:
 def run(config: TeacherConfig) -> Outcome:
     """Train or adopt a teacher. Raises UsageError, MismatchError, SourceError and ExistsError."""
     started = time.monotonic()
+    config = _recipes.applied("teacher", config)
     if (config.weights is None) != (config.epochs > 0 or config.steps is not None):
         raise UsageError("--epochs 0 adopts a teacher: it goes with --weights FILE, and --weights with it")
+    if config.weights is not None and config.init is not None:
+        raise UsageError("--init starts a training and --weights adopts its end: give one of the two")
     if config.weights is not None and not config.weights.is_file():
         raise UsageError(f"--weights {config.weights} does not exist: give a .safetensors or .pth file")
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
@@ -75,8 +80,10 @@ def run(config: TeacherConfig) -> Outcome:
     setup = _setup(config, data)
     plain = config.model.replace(":", "-").replace("/", "-")
     folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain}-s{config.seed}")
+    init = _training.init_file(config.init, folder)
     settings = _training.setting(
         setup.recipe,
+        init,
         architecture=setup.architecture,
         normalisation=setup.normalisation,
         policy=setup.policy,
@@ -84,13 +91,18 @@ def run(config: TeacherConfig) -> Outcome:
     )
     keep = _keep(config, setup)
     settings |= {"role": "teacher", "keep_epochs": keep, "weights": sha256_file(config.weights) if config.weights else None}
-    identity = Identity("model", name, settings, _training.inputs(data, val=val))
-    with Build.begin(folder, identity, overwrite=config.overwrite) as build:
+    place = _preview.Place(folder, Identity("model", name, settings, _training.inputs(data, val=val)), config.overwrite)
+    # Before the folder is touched: it may be about to replace what these weights lie in.
+    net = _training.begin_from(_network(config, setup), init or config.weights)
+    if config.dry_run:
+        return _estimate_only(config, setup, net, place, val)
+    board = None if config.tensorboard is None else Board(config.tensorboard, name)
+    with Build.begin(folder, place.identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
-            return _training.outcome(folder, build.done, started)
-        made = _adopt(config, config.weights, build, setup, val) if config.weights else _train(config, build, setup, val, keep)
-    return _training.outcome(folder, made, started)
+            return _fit.outcome(folder, build.done, started)
+        made = _adopt(build, setup, net, val) if config.weights else _train(config, build, setup, net, val=val, board=board)
+    return _fit.outcome(folder, made, started)
 
 
 def _setup(config: TeacherConfig, data: Dataset) -> Setup:
@@ -104,9 +116,9 @@ def _setup(config: TeacherConfig, data: Dataset) -> Setup:
     images = Images(data)
     # A seed of its own: the views cached for a student of the same --seed would be the very crops that the teacher has learned from.
     seed = order.derived(config.seed, "views/teacher")
-    policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=seed)
+    policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=seed, crops=config.crops())
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
-    return Setup(data, images, architecture, _normalisation(config, images), policy, config.recipe(), choose_device(config.device))
+    return Setup(data, images, architecture, _normalisation(config, images), policy, config.to_recipe(), choose_device(config.device))
 
 
 def _network(config: TeacherConfig, setup: Setup) -> nn.Module:
@@ -129,7 +141,7 @@ def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
 
 
 def _keep(config: TeacherConfig, setup: Setup) -> list[int]:
-    from kdprune_data.learn.loop import Plan
+    from kdprune_data.learn.recipe import Plan
     from kdprune_data.learn.stream import DrawnViews, Feed
 
     if config.weights:
@@ -138,45 +150,77 @@ def _keep(config: TeacherConfig, setup: Setup) -> list[int]:
     return _training.kept_epochs(config.keep_epochs, Plan.of(setup.recipe, feed.steps_per_epoch()).epochs)
 
 
-def _train(config: TeacherConfig, build: Build, setup: Setup, val: Path | None, keep: list[int]) -> Manifest:
+def _job(config: TeacherConfig, setup: Setup, net: nn.Module, val: Validation | None) -> _fit.Job:
+    """The training, and what it notes of each sample."""
     import torch.nn.functional as F
 
     from kdprune_data.learn.dynamics import Recorder
-    from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.loop import Hooks, Training
     from kdprune_data.learn.stream import DrawnViews, Feed
 
-    data, policy, device = setup.data, setup.policy, setup.device
-    feed = Feed(setup.images, DrawnViews(data, policy), config.batch, config.seed, config.jobs)
-    net = _network(config, setup)
-    training = Training(net, feed, setup.recipe, normalisation=setup.normalisation, device=device)
-    _training.announce(config.model, training)
-    recorder = Recorder(len(data))
+    feed = Feed(setup.images, DrawnViews(setup.data, setup.policy), config.batch, config.seed, config.jobs)
+    training = Training(net, feed, setup.recipe, normalisation=setup.normalisation, device=setup.device)
+    recorder = Recorder(len(setup.data), setup.device)
+    validated = training.plan.validated(len(setup.data.usable()), None if val is None else val.samples, most=None)
+    hooks = Hooks(observe=recorder.observe, partial=recorder, validated=validated)
+    smoothing = config.label_smoothing
+    return _fit.Job(
+        training,
+        _training.kept_epochs(config.keep_epochs, training.plan.epochs),
+        lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=smoothing),
+        _fit.validating(hooks, training, val),
+    )
+
+
+def _train(config: TeacherConfig, build: Build, setup: Setup, net: nn.Module, *, val: Path | None, board: Board | None) -> Manifest:
+    from kdprune_data.learn.dynamics import Recorder
+
+    data = setup.data
     rows = data.usable()
+    validation = _fit.validation(val, data)
+    job = _job(config, setup, net, validation)
+    recorder = job.hooks.partial
+    assert isinstance(recorder, Recorder)
+    _fit.announce(config.model, job.training)
 
     def after_epoch(epoch: int, row: Mapping[str, Any]) -> None:
         if row["samples"] == len(rows):  # an epoch cut short by --steps is not recorded: each sample exactly once, or not at all
             dynamics.write(build, epoch, recorder.take(rows) | {"uid": data.uids[rows]})
 
-    validate = _training.validator(val, Predictor(net, setup.normalisation, policy.size, device), data)
-    hooks = Hooks(observe=recorder.observe, after_epoch=after_epoch, validate=validate)
-    job = _training.Job(build, training, keep, lambda logits, batch: F.cross_entropy(logits, batch.labels), hooks)
-    counts = _training.train(job)
+    def leaves(epoch: int) -> list[str]:
+        plan = job.training.plan
+        return [dynamics.path_of(epoch)] if epoch * plan.per_epoch <= plan.steps else []
+
+    counts = _fit.train(replace(job, hooks=replace(job.hooks, after_epoch=after_epoch), board=board, leaves=leaves), build)
     return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
 
 
-def _adopt(config: TeacherConfig, file: Path, build: Build, setup: Setup, val: Path | None) -> Manifest:
+def _adopt(build: Build, setup: Setup, net: nn.Module, val: Path | None) -> Manifest:
     from kdprune_data.learn.inference import Predictor
-    from kdprune_data.learn.loop import weights
-    from kdprune_data.learn.weights import load_weights
+    from kdprune_data.learn.weights import weights
 
-    net = _network(config, setup)
-    load_weights(net, file)
-    validate = _training.validator(val, Predictor(net, setup.normalisation, setup.policy.size, setup.device), setup.data)
-    loss, accuracy = validate() if validate else (None, None)
+    validation = _fit.validation(val, setup.data)
+    network = Predictor(net, setup.normalisation, setup.policy.size, setup.device)
+    loss, accuracy = validation.measure(network) if validation else (None, None)
     row = {"epoch": 0, "steps": 0, "samples": 0, "lr": None, "train_loss": None, "train_accuracy": None}
-    _training.save(build, WEIGHTS, weights(net))
-    _training.write_metrics(build, [row | {"val_loss": loss, "val_accuracy": accuracy}])
+    _fit.save(build, WEIGHTS, weights(net))
+    _fit.write_metrics(build, [row | {"val_loss": loss, "val_accuracy": accuracy}])
     parameters = sum(p.numel() for p in net.parameters())
     counts = {"samples": len(setup.data.usable()), "steps": 0, "epochs": 0, "parameters": parameters}
     return build.seal(counts=counts, classes=setup.data.classes, content=setup.data.manifest.content)
+
+
+def _estimate_only(config: TeacherConfig, setup: Setup, net: nn.Module, place: _preview.Place, val: Path | None) -> Outcome:
+    """What `run` would make."""
+    validation = _fit.validation(val, setup.data)
+    samples = len(setup.data.usable())
+    if not config.weights:
+        return _preview.estimate(place, _job(config, setup, net, validation), validation, per_epoch_bytes=samples * dynamics.ROW_BYTES)
+    from kdprune_data.learn.inference import Predictor
+    from kdprune_data.learn.weights import weights
+
+    state = _estimate.look(place.folder, place.identity, overwrite=place.overwrite)
+    network = Predictor(net, setup.normalisation, setup.policy.size, setup.device)
+    seconds = 0.0 if validation is None or state == "finished" else _preview.validation_seconds(network, validation)
+    counts = {"sample": samples, "parameter": sum(p.numel() for p in net.parameters())}
+    return _estimate.Estimate(place.folder, state, counts, sum(v.nbytes for v in weights(net).values()), seconds).outcome()

@@ -20,11 +20,12 @@ from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import FormatError, KdpruneError, SourceError
-from kdprune_data.formats import check, logits
+from kdprune_data.formats import check, check_data, logits
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.members import root_config
 
 SHOWN = 20
 
@@ -54,6 +55,8 @@ def run(config: VerifyConfig) -> Outcome:
         size = megabytes(sum(f.bytes for f in files))
         what = f"{manifest.kind} {manifest.name!r}, {count(len(files), 'file')}, {size}"
         text = f"{config.artefact}: whole: {what}, digest {manifest.digest[:12]}"
+        if manifest.kind in ("dataset", "subset") and not root_config(manifest.as_input("data")).get("digests", True):
+            text += "; indexed without digests: an image that was replaced by another of its size is not noticed"
         return Outcome(config.artefact, facts, text)
     more = [f"and {len(faults) - SHOWN:,} more (all with --json)"] if len(faults) > SHOWN else []
     text = "\n".join([f"{config.artefact}: {count(len(faults), 'fault')}", *(f"  {f}" for f in faults[:SHOWN]), *more])
@@ -63,8 +66,8 @@ def run(config: VerifyConfig) -> Outcome:
 def _inside(folder: Path, manifest: Manifest, tick: Tick, *, damaged: bool) -> Iterator[Fault]:
     """What the files say, by kind. An error while reading is a fault like any other; of a damaged file the fault is known."""
     checks = {
-        "dataset": check.data,
-        "subset": check.data,
+        "dataset": check_data.data,
+        "subset": check_data.data,
         "scores": check.scores,
         "logits": _logits,
         "model": _model,

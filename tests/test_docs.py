@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
+import importlib.util
 import re
+import runpy
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from kdprune_cli import main as cli
 
 import kdprune_data
 import kdprune_data.formats.scores
+from kdprune_data import errors
 from kdprune_data.formats import dataset, dynamics, logits, subset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +108,7 @@ def command_lines(words: list[str]) -> Iterator[list[str]]:
 def check_names(line: str) -> None:
     """The commands and options of a line exist. (It may be a mention: `kdprune-data import`.)"""
     for arguments in command_lines(shlex.split(line, comments=True)):
-        words = [word.split("=")[0] for word in arguments if word not in ("--debug", "--version", "--help", "-h")]
+        words = [word.split("=")[0] for word in arguments if word not in ("-v", "--debug", "--verbose", "--version", "--help", "-h")]
         if words and words[0] != FILLED:
             assert {word for word in words[1:] if word.startswith("-")} <= parameters(words[0]), line
 
@@ -154,15 +158,21 @@ def test_commands_in_documents_exist(name: str) -> None:
 @pytest.mark.parametrize("name", DOCS)
 def test_options_in_documents_exist(name: str) -> None:
     """Every `--option` that is mentioned belongs to some command."""
-    known = {"--version", "--debug"}.union(*(parameters(command) for command in cli.COMMANDS))
+    known = {"--version"}.union(*(parameters(command) for command in cli.COMMANDS))
     met = {flag for span in SPAN.findall(prose(TEXTS[name])) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert met - known == set()
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    """docs/cli.md is what docs/make_cli.py makes now: run it after a change of options, help texts or examples."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]()
+    assert TEXTS.get("docs/cli.md", "").splitlines() == made.splitlines()
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_examples_of_commands_are_right(command: str) -> None:
     """A command's own examples run that command, and click takes them."""
-    module = importlib.import_module(f"kdprune_cli.{command}_" if command == "import" else f"kdprune_cli.{command}")
+    module = importlib.import_module(cli.module_of(command))
     for line in module.EXAMPLES.splitlines():
         assert line.split()[:2] == ["kdprune-data", command]
         check_whole(line)
@@ -202,6 +212,20 @@ def test_what_is_public_has_a_docstring(name: str) -> None:
     tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
     assert [what for what, node in public(tree.body) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_docstrings_are_sentences(name: str) -> None:
+    """A docstring's first paragraph ends as a sentence does; the errors it names are ours or Python's; nothing is left for later."""
+    text = SOURCES[name].read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    found = {"module": ast.get_docstring(tree)} | {what: ast.get_docstring(node) for what, node in public(tree.body)}
+    for what, said in found.items():
+        first = (said or "").split("\n\n")[0]
+        assert first.endswith((".", ".)", "?", ":")), f"{what}: {first!r}"
+        raises = re.findall(r"\b[A-Z]\w*Error\b", " ".join(re.findall(r"Raises? (.*?)(?:\.|$)", said or "", re.DOTALL)))
+        assert [error for error in raises if not hasattr(errors, error) and not hasattr(builtins, error)] == [], what
+    assert re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", text) == []
 
 
 @pytest.mark.parametrize("package", [p.parent for p in sorted(ROOT.glob("*/**/py.typed"))], ids=lambda p: str(p.relative_to(ROOT)))
@@ -262,10 +286,20 @@ def test_methods_in_methods() -> None:
     assert told.keys() - headings == set()
 
 
-@pytest.mark.parametrize("name", kdprune_data.__all__)
-def test_public_names_are_there(name: str) -> None:
-    """Everything in `__all__` can be had."""
-    assert getattr(kdprune_data, name) is not None
+@pytest.mark.parametrize("package", ["kdprune_data", "kdprune_data.scores", "kdprune_data.selectors", "kdprune_data.sources"])
+def test_public_names_are_there(package: str) -> None:
+    """Everything in `__all__` can be had; what the documents call `kdprune_data.NAME` is a public name or a module."""
+    module = importlib.import_module(package)
+    assert [name for name in module.__all__ if getattr(module, name, None) is None] == []
+    for text in TEXTS.values():
+        for name in re.findall(rf"(?<![\w.]){re.escape(package)}\.(\w+)", prose(text)):
+            assert name in module.__all__ or importlib.util.find_spec(f"{package}.{name}"), name
+
+
+@pytest.mark.parametrize("name", [name for name in kdprune_data.__all__ if not name.startswith("_")])
+def test_public_names_are_told_of(name: str) -> None:
+    """README.md or the changelog says what each is for."""
+    assert any(f"kdprune_data.{name}`" in TEXTS[text] or f"import {name}" in TEXTS[text] for text in ("README.md", "CHANGELOG.md"))
 
 
 def test_one_version() -> None:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kdprune_data.errors import ExistsError, KdpruneError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a write for which there is no room name the file: the system's own does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(path)
+        raise
+
 
 def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Write beside the final name, then rename. `durable`: on the disk when this returns."""
+    """Write beside the final name, then rename. `durable`: on the disk when this returns. Where it fails, nothing is left."""
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        with naming(path), beside.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     beside.replace(path)
     if durable:
         _fsync_dir(path.parent)
@@ -31,12 +51,28 @@ def _fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder two levels inside an artefact. Raises KdpruneError where nothing can be written."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder two levels inside an artefact; returns the folders around the artefact that had to be made, the innermost first.
+
+    Raises KdpruneError where nothing can be written.
+    """
+    artefact = folder.parent.parent
+    made = [parent for parent in artefact.absolute().parents if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise KdpruneError(f"cannot write in {folder.parent.parent}: {error.strerror}; choose another --out") from None
+        remove_empty(made)
+        raise KdpruneError(f"cannot write in {artefact}: {error.strerror}; choose another --out") from None
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def lock(folder: Path) -> int:

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from kdprune_data.errors import KdpruneError
 from kdprune_data.formats import journal, standing
 from kdprune_data.formats import manifest as m
-from kdprune_data.formats.atomic import lock, make_folder, write_whole
+from kdprune_data.formats.atomic import lock, make_folder, naming, remove_empty, write_whole
 from kdprune_data.formats.identity import Identity, refuse_other
 from kdprune_data.formats.journal import Journal
 from kdprune_data.formats.manifest import PARTIAL, File, Manifest
@@ -68,6 +68,7 @@ class Build:
         self._mutex = threading.Lock()
         self._lock: int | None = None
         self._journal: Journal | None = None
+        self._around: list[Path] = []
         self._started = time.monotonic()
 
     @classmethod
@@ -76,13 +77,16 @@ class Build:
 
         Raises ExistsError when the folder holds anything else, or another process is writing it.
         """
+        standing.check_name(folder, identity)
         standing.check_ours(folder)
         if overwrite and standing.is_to_replace(folder, identity):
             standing.check_replaceable(folder, identity)
             standing.set_aside(folder)
         there = standing.finished(folder, identity)
+        if there is not None:
+            shutil.rmtree(standing.aside(folder), ignore_errors=True)  # killed between the manifest and this
         if there is not None and not append:
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # killed between the manifest and this
+            _clear(folder)
             build = cls(folder, identity)
             build.done = there
             return build
@@ -97,6 +101,7 @@ class Build:
     @staticmethod
     def look(folder: Path, identity: Identity, *, overwrite: bool = False) -> str:
         """What `begin` would find, without touching anything: `new`, `unfinished`, `finished`, or `replaced`. Raises as `begin` does."""
+        standing.check_name(folder, identity)
         standing.check_ours(folder)
         if overwrite and standing.is_to_replace(folder, identity):
             standing.check_replaceable(folder, identity)
@@ -111,11 +116,12 @@ class Build:
 
     def _open(self) -> None:
         partial = self.folder / PARTIAL
-        make_folder(partial / "parts")
+        self._around = make_folder(partial / "parts")
         self._lock = lock(self.folder / PARTIAL)
         wanted = self.identity.to_json()
         noted = standing.noted(self.folder)
         if noted is None:
+            self._forget()
             write_whole(partial / "identity.json", m.canonical(wanted))
         else:
             refuse_other(self.folder, noted, wanted, unfinished=True)
@@ -126,11 +132,29 @@ class Build:
         self._journal.begin(self.folder, continued=noted is not None)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
-        for note in sorted((partial / "parts").glob("*.json")):
-            part = json.loads(note.read_bytes())
-            facts = part.pop("facts")
-            if _is_whole(self.folder, part):
-                self._parts[part["path"]] = (File(**part), facts)
+        for note in self._notes():
+            found = _read_note(note)
+            if found is not None and _is_whole(self.folder, found[0]):
+                self._parts[found[0].path] = found
+            else:
+                self._drop(note)
+
+    def _notes(self) -> list[Path]:
+        return sorted((self.folder / PARTIAL / "parts").glob("*.json"))
+
+    def _forget(self) -> None:
+        """Nothing tells what the leftovers here were to become: they go."""
+        for note in self._notes():
+            self._drop(note)
+        for path in [p for p in (self.folder / PARTIAL).iterdir() if p.name not in ("lock", "parts")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _drop(self, note: Path) -> None:
+        """Remove a part that is not what was noted, and its note; a file that a finished artefact has is no part."""
+        path = _path_of(note)
+        if path is not None and path not in self._parts and path != journal.NAME:
+            (self.folder / path).unlink(missing_ok=True)
+        note.unlink()
 
     def finished(self, path: str) -> dict[str, Any] | None:
         """The facts noted with a file that is already whole, or None."""
@@ -144,15 +168,15 @@ class Build:
         beside = final.with_name(f".{final.name}.tmp")
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open("wb") as file:
+            with naming(final), beside.open("wb") as file:
                 sink = Sink(file)
                 yield sink
+            made, noted = File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {})
+            self._note(made, noted)  # before the file has its name: so that none stands there that nothing tells of
+            beside.replace(final)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        made, noted = File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {})
-        self._note(made, noted)  # before the file has its name: so that none stands there that nothing tells of
-        beside.replace(final)
         journal.LOGGER.debug("wrote %s: %s bytes, sha256 %s", final, f"{made.bytes:,}", made.sha256)
         with self._mutex:
             self._parts[path] = (made, noted)
@@ -214,8 +238,7 @@ class Build:
             made=m.made(self._started),
         )
         write_whole(self.folder / m.NAME, manifest.to_json(), durable=True)
-        shutil.rmtree(self.folder / PARTIAL)
-        shutil.rmtree(standing.aside(self.folder), ignore_errors=True)
+        _clear(self.folder)
         self.close()
         return manifest
 
@@ -223,34 +246,48 @@ class Build:
         """What was logged becomes a file of the artefact."""
         if self._journal is not None:
             self._journal.close()
-        self.write(journal.NAME, self.scratch(journal.NAME).read_bytes())
+        log = self.scratch(journal.NAME)
+        self.write(journal.NAME, log.read_bytes() if log.is_file() else b"")
 
     def abandon(self) -> None:
         """Leave a finished artefact that was taken up again as it was, without what an interrupted run had added."""
-        self.keep_only(f.path for f in Manifest.load(self.folder).files)
-        shutil.rmtree(self.folder / PARTIAL)
+        there = Manifest.load(self.folder)
+        self.keep_only(f.path for f in there.files)
+        self._cut_log(there)
+        _clear(self.folder)
         self.close()
+
+    def _cut_log(self, there: Manifest) -> None:
+        """A log is only ever added to: what an interrupted run has said goes again."""
+        path = self.folder / journal.NAME
+        for file in [f for f in there.side if f.path == journal.NAME and path.is_file()]:
+            before = path.read_bytes()[: file.bytes]
+            if path.stat().st_size > len(before) and hashlib.sha256(before).hexdigest() == file.sha256:
+                write_whole(path, before)
 
     def discard(self) -> None:
         """Leave nothing, unless it is done: what was asked for cannot be made, and its settings must not stand in the way of others."""
         if self.done is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            standing.remove(self.folder)
             standing.put_back(self.folder)
         self.close()
 
     def close(self) -> None:
-        """Let others write here; what is finished stays for the next run."""
+        """Let others write here; what is finished stays for the next run. Folders that were made around nothing go again."""
         if self._journal is not None:
             self._journal.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if not self.folder.exists():
+            remove_empty(self._around)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, KdpruneError) and self._lock is not None and (self._is_bare() or standing.aside(self.folder).is_dir()):
+        refused = isinstance(error, KdpruneError) and standing.aside(self.folder).is_dir()
+        if self._lock is not None and (refused or (isinstance(error, KdpruneError | OSError) and self._is_bare())):
             self.discard()
         self.close()
 
@@ -268,6 +305,29 @@ def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manif
     return moved
 
 
-def _is_whole(folder: Path, part: Mapping[str, Any]) -> bool:
-    path = folder / part["path"]
-    return path.is_file() and path.stat().st_size == part["bytes"] and bool(m.sha256_file(path) == part["sha256"])
+def _clear(folder: Path) -> None:
+    """Remove what a finished artefact needs no more: the work in progress, and what it has replaced."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    shutil.rmtree(standing.aside(folder), ignore_errors=True)
+
+
+def _path_of(note: Path) -> str | None:
+    """The path that a part's note is of, by its name; None where it leads out of the folder."""
+    path = unquote(note.name.removesuffix(".json"))
+    return None if Path(path).is_absolute() or ".." in Path(path).parts else path
+
+
+def _read_note(note: Path) -> tuple[File, dict[str, Any]] | None:
+    """What was noted of a part: the file and its facts; None where the note is torn."""
+    try:
+        body = json.loads(note.read_bytes())
+        facts = body.pop("facts")
+        file = File(**body)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (file, facts) if file.path == _path_of(note) and isinstance(facts, dict) else None
+
+
+def _is_whole(folder: Path, part: File) -> bool:
+    path = folder / part.path
+    return path.is_file() and path.stat().st_size == part.bytes and m.sha256_file(path) == part.sha256

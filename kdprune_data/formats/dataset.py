@@ -7,7 +7,7 @@ and pruning is a copy of byte ranges. `docs/formats.md`, "Data set".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from kdprune_data.formats import manifest as m
 from kdprune_data.formats import table
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.members import Members, Numbering, root_config
 from kdprune_data.formats.tar import Maps
 
 INDEX = "index.parquet"
@@ -48,6 +49,8 @@ SCHEMA = pa.schema(
         ("ok", pa.bool_()),
     ]
 )
+NOISY_SCHEMA = SCHEMA.append(pa.field("label_true", pa.int32()))
+"""Of a data set that was imported with `--label-noise`, and of its subsets: `label` is the noisy one."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Dataset:
         """
         folder = Path(folder)
         manifest = Manifest.load(folder, kinds=("dataset", "subset"))
-        index = table.read(folder / INDEX, SCHEMA)
+        index = table.read(folder / INDEX)
+        table.check(folder / INDEX, index.schema, NOISY_SCHEMA if "label_true" in index.column_names else SCHEMA)
         if len(index) != manifest.counts["samples"]:
             raise FormatError(f"{folder / INDEX} has {len(index):,} rows, the manifest says {manifest.counts['samples']:,}: fetch it again")
         return cls(folder, manifest, index)
@@ -95,6 +99,11 @@ class Dataset:
         return labels_of(self.index["label"])
 
     @cached_property
+    def true_labels(self) -> NDArray[np.int32]:
+        """int32 of shape (n,), -1 where there is none: the labels as the source had them, where some were changed by `--label-noise`."""
+        return labels_of(self.index["label_true"]) if "label_true" in self.index.column_names else self.labels
+
+    @cached_property
     def shards(self) -> NDArray[np.int32]:
         """int32 of shape (n,): the number of each sample's shard."""
         return self._column("shard", np.int32)
@@ -111,8 +120,28 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> NDArray[np.uint8]:
-        """uint8 of shape (n, 32): the digest of each image's bytes."""
+        """uint8 of shape (n, 32): the digest of each image's bytes; zeros where none was taken (`index --no-digests`)."""
         return digests_of(self.index["sha256"])
+
+    @cached_property
+    def has_digests(self) -> bool:
+        """Each image's digest is known, so that a changed one is noticed."""
+        return bool(self.index["sha256"].null_count == 0)
+
+    @cached_property
+    def origin(self) -> Mapping[str, Any]:
+        """The config of the data set that this one was chosen from in the end, or its own: what a subset's records owe to it."""
+        return root_config(self.manifest.as_input("data"))
+
+    @cached_property
+    def members(self) -> Members:
+        """Which member of a sample is its image and which its label."""
+        return Members.of(self.manifest.as_input("data"))
+
+    @cached_property
+    def numbering(self) -> Numbering:
+        """Which class number each label is."""
+        return Numbering(self.classes, named=True)
 
     @cached_property
     def shard_paths(self) -> list[Path]:
@@ -133,13 +162,14 @@ class Dataset:
     def image_bytes(self, row: int) -> bytes:
         """The encoded image of one sample, its digest checked (a tenth of what decoding costs): shards that lie elsewhere may be replaced.
 
-        Raises SourceError when its shard is missing, or holds other bytes than were indexed.
+        Raises SourceError when its shard is missing, or holds other bytes than were indexed; in a set without digests, only when it is
+        shorter than it was.
         """
         offset, length = self._places
         start, end = int(offset[row]), int(offset[row] + length[row])
         shard = int(self.shards[row])
         found = self.maps[shard][start:end]
-        if image_digest(found) != self.sha256[row].tobytes():
+        if len(found) != end - start or (self.has_digests and image_digest(found) != self.sha256[row].tobytes()):
             raise SourceError(
                 f"{self.shard_paths[shard]} was changed: sample {self.ids[row]!r} is not the image that was indexed; "
                 f"make or fetch {self.folder} again"
@@ -181,11 +211,15 @@ def label_array(labels: NDArray[np.int32]) -> pa.Array:
 
 
 def digests_of(column: pa.ChunkedArray) -> NDArray[np.uint8]:
-    """A column of 32-byte digests as uint8 of shape (n, 32)."""
+    """A column of 32-byte digests as uint8 of shape (n, 32), zeros for null."""
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(whole, pa.ChunkedArray):  # no rows, hence no chunk
         return np.zeros((0, 32), np.uint8)
-    return np.frombuffer(whole.buffers()[1], np.uint8)[whole.offset * 32 :][: len(whole) * 32].reshape(-1, 32)
+    if whole.null_count == len(whole):
+        return np.zeros((len(whole), 32), np.uint8)
+    found = np.frombuffer(whole.buffers()[1], np.uint8)[whole.offset * 32 :][: len(whole) * 32].reshape(-1, 32)
+    # What stands in the buffer at a null is anything.
+    return found if not whole.null_count else np.where(whole.is_valid().to_numpy(zero_copy_only=False)[:, None], found, np.uint8(0))
 
 
 @dataclass
@@ -193,7 +227,11 @@ class Rows:
     """The index rows of one shard, collected one by one, columns as in `index.parquet`."""
 
     shard: int
-    columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in SCHEMA.names})
+    schema: pa.Schema = SCHEMA
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.columns = {name: [] for name in self.schema.names}
 
     def add(self, **row: Any) -> None:
         """One sample; `uid` and `shard` are filled in."""
@@ -205,7 +243,7 @@ class Rows:
         """The rows as an index table."""
         ids = self.columns["id"]
         filled = self.columns | {"uid": order.uids_of(ids), "shard": np.full(len(ids), self.shard, np.int32)}
-        return pa.table({name: pa.array(filled[name], SCHEMA.field(name).type) for name in SCHEMA.names})
+        return pa.table({field.name: pa.array(filled[field.name], field.type) for field in self.schema})
 
 
 @dataclass(frozen=True)
@@ -235,13 +273,14 @@ def write_index(build: Build, index: pa.Table, classes: Sequence[str], shard_nam
     sums = [f for f in build.files() if f.path.endswith(".tar") or f.path in (INDEX, SELECTION)]
     build.write("SHA256SUMS", "".join(f"{f.sha256}  {f.path}\n" for f in sums).encode())
     labels = labels_of(index["label"])
+    noisy = {"noisy": int((labels != labels_of(index["label_true"])).sum())} if "label_true" in index.column_names else {}
     counts = {
         "samples": len(ids),
         "ok": int(index["ok"].to_numpy(zero_copy_only=False).sum()),
         "shards": len(shard_names),
         "labelled": int((labels >= 0).sum()),
         "per_class": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
-    }
+    } | noisy
     return Facts(counts, m.content_of(ids, digests_of(index["sha256"]), labels))
 
 

@@ -17,6 +17,8 @@ SCHEMA = pa.schema(
     [("uid", pa.uint64()), ("p_true", pa.float32()), ("logit_margin", pa.float32()), ("correct", pa.bool_()), ("loss", pa.float32())]
 )
 FOLDER = "dynamics"
+ROW_BYTES = 21
+"""About what a row takes."""
 
 
 def path_of(epoch: int) -> str:

@@ -6,6 +6,7 @@ lines in `.partial/`, over as many runs as it takes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -17,11 +18,22 @@ LOGGER = logging.getLogger("kdprune_data")
 LOGGER.addHandler(logging.NullHandler())  # a library says nothing unless asked: without this, warnings would go to stderr
 
 
+class _Handler(logging.FileHandler):
+    """Writes what it can: a line that the disk has no room for is no reason to stop, or to show a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Nothing: see the class."""
+
+
 class Journal:
     """The log of one folder in the making. `close` may be called twice."""
 
     def __init__(self, path: Path) -> None:
-        self._handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+        self._handler = _Handler(path, encoding="utf-8", delay=True, errors="backslashreplace")
         formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
         formatter.converter = time.gmtime
         self._handler.setFormatter(formatter)
@@ -37,4 +49,5 @@ class Journal:
     def close(self) -> None:
         """Write no more."""
         LOGGER.removeHandler(self._handler)
-        self._handler.close()
+        with contextlib.suppress(OSError):  # of lines that are still to be written
+            self._handler.close()

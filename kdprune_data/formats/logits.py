@@ -71,8 +71,7 @@ def stored(logits: NDArray[np.float32], dtype: str) -> NDArray[np.floating]:
 
 def rows_digest(ids: Iterable[str], sha256: NDArray[np.uint8]) -> str:
     """sha256 (hex) over `id NUL image-sha256 LF` of a shard's rows: a view file names the rows it belongs to."""
-    hexes = sha256.tobytes().hex()
-    lines = (f"{one}\0{hexes[64 * n : 64 * n + 64]}\n" for n, one in enumerate(ids))
+    lines = (f"{one}\0{digest}\n" for one, digest in zip(ids, m.hexes(sha256), strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -183,6 +182,12 @@ class LogitCache:
         return Joined(self, place, np.concatenate([[0], np.cumsum(lengths)]))
 
     def _same(self, data: Dataset, wanted: NDArray[np.int64], rows: pa.Table) -> None:
+        if (rows["sha256"].null_count == 0) != data.has_digests:
+            with_them, without = (data.folder, self.folder) if data.has_digests else (self.folder, data.folder)
+            raise MismatchError(
+                f"{without} has no digests of its images (index --no-digests) and {with_them} has: nothing tells whether they are the same "
+                f"images; run `kdprune-data cache {data.folder}`, or index the shards again with digests"
+            )
         for what, mine, theirs in (
             ("id", np.asarray(rows["id"].to_pylist(), object), data.ids[wanted]),
             ("image", dataset.digests_of(rows["sha256"]), data.sha256[wanted]),
@@ -268,11 +273,14 @@ def _view_rows(batch: pa.RecordBatch) -> ViewRows:
 
 def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows: pa.Table) -> None:
     expected = {
-        "format": "1",
-        "rows": rows_digest(rows["id"].to_pylist(), dataset.digests_of(rows["sha256"])),
-        "teacher": cache.teacher["digest"],
-        "policy": m.canonical(cache.policy).decode(),
+        "format": ("1", "is not of format 1, which this version reads"),
+        "rows": (
+            rows_digest(rows["id"].to_pylist(), dataset.digests_of(rows["sha256"])),
+            "was made for other samples than the rows beside it",
+        ),
+        "teacher": (cache.teacher["digest"], f"holds the logits of another teacher than {cache.teacher['name']}, which the manifest names"),
+        "policy": (m.canonical(cache.policy).decode(), "has views of another policy than the manifest's"),
     }
-    for key, value in expected.items():
+    for key, (value, wrong) in expected.items():
         if metadata.get(key) != value:
-            raise FormatError(f"{path} is of another {key} than its cache says: run cache again, or fetch it again")
+            raise FormatError(f"{path} {wrong}: run cache again, or fetch it again")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kdprune_data._version import __version__
 from kdprune_data.errors import FormatError, UsageError
+from kdprune_data.formats.journal import LOGGER
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -112,6 +113,7 @@ class Manifest:
                 raise FormatError(f"{there} is missing: the manifest lists it; make or fetch the folder again")
             if there.stat().st_size != file.bytes:
                 raise FormatError(f"{there} has {there.stat().st_size:,} bytes, the manifest says {file.bytes:,}: make or fetch it again")
+        LOGGER.debug("read %s: %s, digest %s, content %s", folder, manifest.kind, manifest.digest, manifest.content)
         return manifest
 
     @classmethod
@@ -134,18 +136,20 @@ class Manifest:
         raw = path.read_bytes()
         try:
             body = json.loads(raw)
+            if body.get("format", FORMAT) != FORMAT:  # before all else: another format may sign itself in another way
+                raise FormatError(f"{path} is of another format than {FORMAT}: use the version of kdprune-data that wrote it")
             stated = body.pop("sha256")
             if sha256_json(body) != stated or canonical(body | {"sha256": stated}) != raw:
                 raise FormatError(f"{path} was changed: its sha256 is not the one it states; make or fetch the folder again")
-            if body.pop("format") != FORMAT:
-                raise FormatError(f"{path} is of another format than {FORMAT}: use the version of kdprune-data that wrote it")
+            del body["format"]
             digest = body.pop("digest")
             for key in ("files", "side", "outside"):
                 body[key] = tuple(File(**f) for f in body[key])
             manifest = cls(**body)
+            _check_types(manifest)
             for file in (*manifest.files, *manifest.side):
                 _check_inside(path, file.path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path} is not a manifest ({type(error).__name__}): make or fetch the folder again") from None
         if manifest.digest != digest:
             raise FormatError(f"{path} states digest {digest[:12]}, its contents give {manifest.digest[:12]}: make or fetch it again")
@@ -157,6 +161,31 @@ class Manifest:
             if one["role"] == role:
                 return one
         raise FormatError(f"{self.kind} {self.name!r} has no input of role {role!r}: its manifest is not one of this version's")
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise TypeError unless every value is of the type that the rest of the program takes it for."""
+    texts = [manifest.kind, manifest.name, manifest.content, *manifest.classes]
+    tables = [manifest.config, manifest.counts, manifest.made, *manifest.inputs]
+    lists = [manifest.classes, manifest.inputs]
+    for file in (*manifest.files, *manifest.side, *manifest.outside):
+        texts += [file.path, file.sha256 or ""]
+        if type(file.bytes) is not int:
+            raise TypeError(file)
+    for one in _lineage(manifest.inputs):
+        texts += [one[key] for key in ("role", "kind", "name", "digest", "content")]
+        tables += [one["config"], one["counts"]]
+        lists.append(one["inputs"])
+    for values, kind in ((texts, str), (tables, dict), (lists, list)):
+        if not all(isinstance(value, kind) for value in values):
+            raise TypeError(kind)
+
+
+def _lineage(inputs: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """All ancestors, at any depth."""
+    for one in inputs:
+        yield one
+        yield from _lineage(one["inputs"])
 
 
 def _check_inside(manifest: Path, path: str) -> None:
@@ -174,7 +203,7 @@ def place(folder: Path, path: str) -> Path:
 def content_of(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
     """What a data set is, on any machine and in any packing: the sha256 (hex) of its sorted `id NUL sha256 NUL label LF` lines.
 
-    ids: n of them; sha256: uint8 of shape (n, 32), of the image bytes; labels: int32 of shape (n,), -1 = none.
+    ids: n of them; sha256: uint8 of shape (n, 32), of the image bytes, zeros = none; labels: int32 of shape (n,), -1 = none.
     """
     total = hashlib.sha256()
     for line in sorted(_lines(ids, sha256, labels)):
@@ -183,9 +212,16 @@ def content_of(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np
 
 
 def _lines(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> Iterator[bytes]:
-    hexes = sha256.tobytes().hex()
-    for n, (one, label) in enumerate(zip(ids, labels.tolist(), strict=True)):
-        yield f"{one}\0{hexes[64 * n : 64 * n + 64]}\0{'' if label < 0 else label}\n".encode()
+    for one, digest, label in zip(ids, hexes(sha256), labels.tolist(), strict=True):
+        yield f"{one}\0{digest}\0{'' if label < 0 else label}\n".encode()
+
+
+def hexes(sha256: NDArray[np.uint8]) -> Iterator[str]:
+    """Digests, uint8 of shape (n, 32), as lower-case hex; one that was not taken, all zeros, as the empty text."""
+    text = sha256.tobytes().hex()
+    taken_at: NDArray[np.bool_] = np.asarray(sha256.any(1))
+    for n, taken in enumerate(taken_at.tolist()):
+        yield text[64 * n : 64 * n + 64] if taken else ""
 
 
 def made(started: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from kdprune_data.formats.build import Build
 from kdprune_data.formats.manifest import Manifest
 
 PART = "part-%06d.parquet"
+VECTORS = "%s-%06d.arrow"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def write_vectors(build: Build, what: str, shard: int, vectors: NDArray[np.float
     """Write one shard's `embedding` or `logits` beside its scores: float16 of shape (n, d)."""
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     batch = pa.record_batch([column], names=[what])
-    with build.create(f"{what}-{shard:06d}.arrow") as sink:
+    with build.create(VECTORS % (what, shard)) as sink:
         table.ipc_write(sink, [batch], batch.schema)
 
 

@@ -9,13 +9,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
-from kdprune_data.errors import ExistsError, KdpruneError
+from kdprune_data.errors import ExistsError, KdpruneError, UsageError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.atomic import lock
 from kdprune_data.formats.identity import Identity, ancestors, refuse_other
 from kdprune_data.formats.manifest import PARTIAL, Manifest
+
+LONGEST_NAME = 240
+"""Bytes in a folder's name: file systems allow 255, and `.NAME.replaced` must fit as well."""
+
+
+def check_name(folder: Path, identity: Identity) -> None:
+    """Raise UsageError for a name that is too long, is not text, or does not fit on a line: before the work, not when it is sealed."""
+    for part in folder.parts:
+        size, limit = len(os.fsencode(part)), LONGEST_NAME if part == folder.name else 255
+        if size > limit:
+            raise UsageError(f"the folder name {part[:20]!r}... is {size:,} bytes long: at most {limit} fit; choose a shorter one")
+    try:
+        identity.name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the name {identity.name!r} is not UTF-8: choose another --name or --out") from None
+    if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in folder.name):
+        raise UsageError(f"the folder name {folder.name!r} holds a control character: choose another --name or --out")
 
 
 def check_ours(folder: Path) -> None:
@@ -24,6 +42,8 @@ def check_ours(folder: Path) -> None:
         raise ExistsError(f"{file} is a file, not a folder: choose another --out")
     if not _is_ours(folder) and folder.exists() and any(folder.iterdir()):
         raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
+    if around := next((p for p in folder.absolute().parents if _is_ours(p)), None):
+        raise ExistsError(f"{folder} lies inside an artefact ({around}), which would hold a file too many: choose another --out")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -46,12 +66,15 @@ def finished(folder: Path, identity: Identity) -> Manifest | None:
 
 
 def noted(folder: Path) -> dict[str, object] | None:
-    """The identity of an unfinished run there, as JSON, or None."""
+    """The identity of an unfinished run there, as JSON; None where there is none, or a power failure has torn it."""
     note = folder / PARTIAL / "identity.json"
     if not note.exists():
         return None
-    found: dict[str, object] = json.loads(note.read_bytes())
-    return found
+    try:
+        found = json.loads(note.read_bytes())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"kind", "config", "inputs"} else None
 
 
 def is_to_replace(folder: Path, identity: Identity) -> bool:
@@ -84,8 +107,22 @@ def set_aside(folder: Path) -> None:
     """Take an artefact from its name. Raises ExistsError while another process is writing it."""
     if (folder / PARTIAL).is_dir():
         os.close(lock(folder / PARTIAL))
+    if aside(folder).is_dir() and not (folder / m.NAME).exists():
+        remove(folder)  # a replacement that was interrupted: the artefact is still the one aside
+        return
     shutil.rmtree(aside(folder), ignore_errors=True)
     folder.resolve().rename(aside(folder))
+
+
+def remove(folder: Path) -> None:
+    """Delete an unfinished artefact. Of what is left when this is interrupted nothing is trusted: its identity goes first."""
+    (folder / PARTIAL / "identity.json").unlink(missing_ok=True)
+    for path in [p for p in folder.glob("*") if p.name != PARTIAL]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_back(folder: Path) -> None:

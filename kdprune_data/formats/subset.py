@@ -6,7 +6,7 @@ number of threads, on any machine, writes the same tars. `docs/formats.md`, "Sub
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +76,19 @@ def _copy_shard(parent: Dataset, made: Plan, build: Build, number: int) -> str:
     name = made.names[number]
     if build.finished(name) is not None:
         return name
-    rows = made.rows[made.cuts[number] : made.cuts[number + 1]]
     with build.create(name) as sink:
-        for shard, start, end in _ranges(parent, rows):
-            view = memoryview(parent.maps[shard])
-            for at in range(start, end, COPY_BYTES):
-                sink.write(view[at : min(at + COPY_BYTES, end)])
-        sink.write(tar.END)
+        for piece in pieces(parent, made, number):
+            sink.write(piece)
     return name
+
+
+def pieces(parent: Dataset, made: Plan, number: int) -> Iterator[memoryview | bytes]:
+    """The bytes of a planned shard, a few megabytes at a time."""
+    for shard, start, end in _ranges(parent, made.rows[made.cuts[number] : made.cuts[number + 1]]):
+        view = memoryview(parent.maps[shard])
+        for at in range(start, end, COPY_BYTES):
+            yield view[at : min(at + COPY_BYTES, end)]
+    yield tar.END
 
 
 def _ranges(parent: Dataset, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
@@ -112,15 +117,25 @@ def index_of(parent: Dataset, made: Plan) -> pa.Table:
 def image_members(paths: Sequence[Path], index: pa.Table) -> list[str]:
     """The extensions of the image members, sorted: from the names in the headers before them, as the parent's maker wrote them.
 
-    paths: the shards that the index's rows are in.
+    paths: the shards that the index's rows are in. For sets whose image is whichever member is one.
     """
     found: set[str] = set()
     shards, starts = index["shard"].to_numpy(), index["image_offset"].to_numpy() - tar.BLOCK
     for number, path in enumerate(paths):
-        flat = np.frombuffer(tar.map_file(path), np.uint8)
-        names = flat[starts[shards == number][:, None] + np.arange(100)].tobytes()
-        found |= {names[at : at + 100].rstrip(b"\0").rpartition(b".")[2].decode("ascii", "replace") for at in range(0, len(names), 100)}
+        buffer, rows = tar.map_file(path), np.flatnonzero(shards == number)
+        names = np.frombuffer(buffer, np.uint8)[starts[rows][:, None] + np.arange(100)]
+        whole = names[:, -1] == 0  # else it may go on in a header of its own before this one
+        text = names[whole].tobytes()
+        found |= {text[at : at + 100].rstrip(b"\0").rpartition(b".")[2].decode("ascii", "replace") for at in range(0, len(text), 100)}
+        found |= {_image_member(buffer, one) for one in index.take(rows[~whole]).select(["offset", "length", "image_offset"]).to_pylist()}
     return sorted(found & set(MEMBERS))
+
+
+def _image_member(buffer: tar.Buffer, row: Mapping[str, int]) -> str:
+    """One sample's, from its record."""
+    raw = bytes(buffer[row["offset"] : row["offset"] + row["length"]]) + tar.END
+    record = next(tar.records(raw, "record"))
+    return next(extension for extension, one in record.members.items() if row["offset"] + one.data == row["image_offset"])
 
 
 def write_selection(build: Build, index: pa.Table, scores: NDArray[np.float32] | None, weights: NDArray[np.float32] | None) -> None:

@@ -10,15 +10,14 @@ import mmap
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-
-import numpy as np
+from pathlib import Path
 
 from kdprune_data.errors import SourceError
+from kdprune_data.formats import headers
+from kdprune_data.formats.headers import BLOCK as BLOCK  # where others look for it
+from kdprune_data.formats.headers import Buffer as Buffer
 
-BLOCK = 512
 END = bytes(2 * BLOCK)
-Buffer = bytes | mmap.mmap | memoryview
 
 _BLANK = bytearray(BLOCK)
 _BLANK[100:156] = b"0000644\0" + b"0000000\0" * 2 + b"0" * 11 + b"\0" + b"0" * 11 + b"\0" + b" " * 8
@@ -28,7 +27,8 @@ _HEADER = bytes(_BLANK)
 _BARE_SUM = sum(_HEADER)
 _BARE_SIZE_SUM = sum(_HEADER[124:136])
 _KEY = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
-_LINKS_AND_DEVICES = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
+_LEFT_OVER = re.compile(r"(^|/)(PaxHeaders?(\.\d+)?|__MACOSX)/")
+"""Folders in which tar programs that did not know PAX headers, and macOS, leave what they know of each file, under the file's own name."""
 
 
 def padded(size: int) -> int:
@@ -78,10 +78,12 @@ class Record:
 def scan(buffer: Buffer, name: str) -> list[Member]:
     """Every regular file in a tar, in order. `name` is the tar's own, for messages.
 
-    Raises SourceError for a truncated or damaged tar, links, devices, and names that are absolute or climb out with `..`.
+    Raises SourceError for what is no tar, a truncated or damaged one, several behind one another, links, devices and sparse files, and
+    names that are absolute or climb out with `..`.
     """
+    headers.check_tar(buffer, name)
     found: list[Member] = []
-    headers: list[int] = []
+    starts: list[int] = []
     at, start, size_end = 0, -1, len(buffer)
     long_name: str | None = None
     long_size: int | None = None
@@ -90,34 +92,32 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
         kind = head[156:157]
         if head[0] == 0 and not any(head):
             break
-        headers.append(at)
-        size = _number(head[124:136], name, at)
-        if long_size is not None and kind in (b"0", b"\0"):
+        starts.append(at)
+        size = headers.number(head[124:136], name, at)
+        if long_size is not None and kind in headers.REGULAR:
             size, long_size = long_size, None
         data = at + BLOCK
         if data + padded(size) > size_end:
             raise _truncated(name, at, data + padded(size), size_end)
         start = at if start < 0 else start
         if kind == b"x":
-            path, long_size = _pax(bytes(buffer[data : data + size]), f"{name}: the PAX header at byte {at:,}")
+            path, long_size = headers.pax(bytes(buffer[data : data + size]), name, at)
             long_name = path or long_name
         elif kind == b"L":
-            long_name = _text(bytes(buffer[data : data + size]))
+            long_name = headers.text(bytes(buffer[data : data + size]))
         elif kind in (b"g", b"K", b"5"):
             long_name = None if kind == b"5" else long_name
             start = -1 if kind != b"K" else start
-        elif kind in (b"0", b"\0"):
-            found.append(Member(_safe(long_name or _header_name(head), name), start, data, size))
+        elif kind in headers.REGULAR:
+            found.append(Member(headers.safe(long_name or headers.name_in(head), name), start, data, size))
             long_name, start = None, -1
         else:
-            what = _LINKS_AND_DEVICES.get(kind, f"of unknown type {kind!r}")
-            raise SourceError(
-                f"{name}: member {_header_name(head)!r} is {what}: only regular files are read; pack the set again without it"
-            )
+            raise headers.not_a_file(name, long_name or headers.name_in(head), kind)
         at = data + padded(size)
     else:  # no block of zeros met: what is missing may be whole members
         raise SourceError(f"{name} is truncated: it ends at byte {size_end:,} without a tar's end mark; fetch it again")
-    _check_sums(buffer, headers, name)
+    headers.check_sums(buffer, starts, name)
+    headers.check_end(buffer, at, name)
     return found
 
 
@@ -125,89 +125,17 @@ def _truncated(name: str, at: int, end: int, size: int) -> SourceError:
     return SourceError(f"{name} is truncated: a member at byte {at:,} ends at {end:,}, the file at {size:,}; fetch it again")
 
 
-def _number(field: bytes, name: str, at: int) -> int:
-    if field[0] == 0x80:  # GNU: base 256, for sizes that 11 octal digits cannot hold
-        return int.from_bytes(field[1:], "big")
-    try:
-        return _octal(field)
-    except ValueError:
-        raise SourceError(f"{name} is not a tar, or damaged: no size in the header at byte {at:,}; fetch it again") from None
-
-
-def _octal(field: bytes) -> int:
-    """A number in octal digits. Raises ValueError for signs and underscores too, which `int` would take."""
-    digits = field.strip(b"\0 ")
-    if digits and not digits.isdigit():
-        raise ValueError(field)
-    return int(digits or b"0", 8)
-
-
-def _text(raw: bytes) -> str:
-    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _header_name(head: bytes) -> str:
-    # The prefix field is POSIX's; in GNU's own headers (magic "ustar  ") those bytes hold times.
-    prefix = _text(head[345:500]) if head[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{_text(head[:100])}" if prefix else _text(head[:100])
-
-
-def _pax(body: bytes, where: str) -> tuple[str | None, int | None]:
-    """The path and size that a PAX header overrides: records `LENGTH KEY=VALUE LF`. `where` it stands, for messages."""
-    path, size = None, None
-    at = 0
-    while at < len(body):
-        digits = body[at:].partition(b" ")[0]
-        end = at + (int(digits) if digits.isdigit() else 0)
-        key, _, value = body[at + len(digits) + 1 : end - 1].partition(b"=")
-        if not at + len(digits) < end <= len(body) or (key == b"size" and not value.isdigit()):
-            raise SourceError(f"{where} does not parse: the tar is damaged; fetch it again")
-        if key == b"path":
-            path = value.decode("utf-8", "surrogateescape")
-        elif key == b"size":
-            size = int(value)
-        at = end
-    return path, size
-
-
-def _safe(member_name: str, tar: str) -> str:
-    plain = member_name.removeprefix("./")
-    if plain.startswith("/") or ".." in PurePosixPath(plain).parts:
-        raise SourceError(f"{tar}: member {member_name!r} points outside the tar: pack the set again with plain relative names")
-    if not plain.isascii() and any("\udc80" <= c <= "\udcff" for c in plain):  # bytes that `surrogateescape` carried along
-        raise SourceError(f"{tar}: the name of member {member_name!r} is not UTF-8: pack the set again with names that are")
-    return plain
-
-
-def _check_sums(buffer: Buffer, headers: Sequence[int], name: str) -> None:
-    """Header checksums, all at once: gathered as a matrix, since a Python loop over 512 bytes costs more than the whole walk."""
-    flat = np.frombuffer(buffer, np.uint8)
-    for first in range(0, len(headers), 4096):
-        starts = np.asarray(headers[first : first + 4096], np.int64)
-        heads = flat[starts[:, None] + np.arange(BLOCK)]
-        sums = heads.sum(1, dtype=np.int64) - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
-        for at, head, total in zip(starts, heads[:, 148:156], sums, strict=True):
-            if not _states(head.tobytes(), total):
-                raise SourceError(f"{name} is damaged: the header at byte {at:,} fails its checksum; fetch it again")
-
-
-def _states(field: bytes, total: int) -> bool:
-    try:
-        return _octal(field) == total
-    except ValueError:
-        return False
-
-
 def records(buffer: Buffer, name: str) -> Iterator[Record]:
     """The samples of a tar, by webdataset's rule: members whose names agree up to the first dot of the last path part.
 
-    Names without such a dot belong to no sample. Raises SourceError when a sample's members are not contiguous, or on what `scan` refuses.
+    Names without such a dot belong to no sample, nor do hidden ones (macOS's `._NAME`) and those in folders that tar programs leave behind.
+    Raises SourceError when a sample's members are not contiguous, or on what `scan` refuses.
     """
     seen: set[str] = set()
     key, members = "", dict[str, Member]()
     for one in scan(buffer, name):
         match = _KEY.match(one.name)
-        if match is None:
+        if match is None or _LEFT_OVER.search(one.name):
             continue
         if match[1] != key:
             if members:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from kdprune_data.learn.stream import Batch
 
 
 class Recorder:
-    """Training dynamics of n rows; `observe` each batch before its update, `take` the epoch when it is over."""
+    """Training dynamics of n rows; `observe` each batch before its update, `take` the epoch when it is over.
 
-    def __init__(self, n: int) -> None:
-        self._values = np.full((n, 3), np.nan, np.float32)
-        self._correct = np.zeros(n, bool)
+    The numbers wait on the device where the network computes: no step is held up to fetch them.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        self._values = torch.full((n, 3), float("nan"), device=device)
+        self._correct = torch.zeros(n, dtype=torch.bool, device=device)
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
         """logits: float of shape (n, c), as the network in train mode gave them for the augmented batch."""
@@ -27,12 +31,22 @@ class Recorder:
         own = z.gather(1, labels)[:, 0]
         others = z.scatter(1, labels, float("-inf")).max(1).values if z.shape[1] > 1 else torch.zeros_like(own)
         loss = F.cross_entropy(z, batch.labels, reduction="none")
-        self._values[batch.rows] = torch.stack([(-loss).exp(), own - others, loss], 1).cpu().numpy()
-        self._correct[batch.rows] = (z.argmax(1) == batch.labels).cpu().numpy()
+        rows = torch.from_numpy(batch.rows).to(self._values.device)
+        self._values[rows] = torch.stack([(-loss).exp(), own - others, loss], 1)
+        self._correct[rows] = z.argmax(1) == batch.labels
 
     def take(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The columns `p_true logit_margin loss correct` of some rows; NaN where a sample was not shown."""
-        p_true, margin, loss = self._values[rows].T
-        found = {"p_true": p_true, "logit_margin": margin, "loss": loss, "correct": self._correct[rows]}
-        self._values[:] = np.nan
+        p_true, margin, loss = self._values.cpu().numpy()[rows].T
+        found = {"p_true": p_true, "logit_margin": margin, "loss": loss, "correct": self._correct.cpu().numpy()[rows]}
+        self._values.fill_(float("nan"))
         return found
+
+    def state(self) -> dict[str, Tensor]:
+        """What was noted so far in this epoch, as a checkpoint keeps it."""
+        return {"values": self._values, "correct": self._correct}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        self._values.copy_(state["values"])
+        self._correct.copy_(state["correct"])

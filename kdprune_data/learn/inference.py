@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from kdprune_data.learn.stream import Images, prefetch
 from kdprune_data.learn.views import Normalisation
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TOP = 5
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,24 +62,26 @@ def evaluating(net: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
 
 def evaluation_batches(
-    images: Images, rows: NDArray[np.int64], *, size: int, batch: int, threads: int = 1
+    images: Images, batches: Iterable[NDArray[np.int64]], *, size: int, threads: int = 1
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """(rows, uint8 images of shape (n, 3, size, size)) in the order given, as they are evaluated."""
+    """(rows, uint8 images of shape (n, 3, size, size)) of each batch of rows, as they are evaluated."""
 
     def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
         return some, views.evaluation(images.get(some), size)
 
-    yield from prefetch(make, order.batches(rows, batch), threads)
+    yield from prefetch(make, batches, threads)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a network did on labelled samples. Shares in [0, 1]; `loss` in nats; `per_class` is None for a class without samples."""
+    """How a network did on labelled samples. Shares in [0, 1]; `loss` in nats; `per_class` is None for a class without samples;
+    `top5`: the label is among the five largest logits, None where there are no more than five classes."""
 
     samples: int
     accuracy: float
     loss: float
     per_class: Sequence[float | None]
+    top5: float | None = None
 
     @property
     def worst(self) -> int:
@@ -97,28 +100,43 @@ class Predictor:
     device: torch.device
 
 
-def evaluate(predictor: Predictor, images: Images, *, batch: int = 256, tick: Callable[[int], None] | None = None) -> Evaluation:
-    """Accuracy and cross-entropy over the labelled samples that decode; `tick` gets the samples of each batch done.
-
-    Raises UsageError when there are none.
-    """
+def labelled(images: Images) -> NDArray[np.int64]:
+    """The rows that can be evaluated on: they decode and have a label. Raises UsageError when there are none."""
     data = images.data
     rows = data.usable()[data.labels[data.usable()] >= 0]
     if not len(rows):
         raise UsageError(f"{data.folder} has no labelled samples: nothing to evaluate on")
+    return rows
+
+
+def evaluate(
+    predictor: Predictor,
+    images: Images,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    batch: int = 256,
+    tick: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Accuracy and cross-entropy over the labelled samples that decode, or some `rows` of them; `tick` gets the samples of each batch done.
+
+    Raises UsageError when there are none.
+    """
+    data, device = images.data, predictor.device
+    rows = labelled(images) if rows is None else rows
     loss = 0.0
-    right = np.zeros(len(data), bool)
-    device = predictor.device
+    right, among = np.zeros(len(data), bool), np.zeros(len(data), bool)
     with evaluating(predictor.net, device) as net:
-        for some, pixels in evaluation_batches(images, rows, size=predictor.size, batch=batch):
+        for some, pixels in evaluation_batches(images, order.batches(rows, batch), size=predictor.size):
             logits = net(predictor.normalisation.apply(pixels.to(device))).float()
             labels = torch.from_numpy(data.labels[some].astype(np.int64)).to(device)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right[some] = (logits.argmax(1) == labels).cpu().numpy()
+            among[some] = (logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]).any(1).cpu().numpy()
             if tick is not None:
                 tick(len(some))
     classes = len(data.classes)
     n = np.bincount(data.labels[rows], minlength=classes)
     hits = np.bincount(data.labels[rows], weights=right[rows], minlength=classes)
     per_class = [float(h / k) if k else None for h, k in zip(hits, n, strict=True)]
-    return Evaluation(len(rows), float(right[rows].mean()), loss / len(rows), per_class)
+    top5 = float(among[rows].mean()) if classes > TOP else None
+    return Evaluation(len(rows), float(right[rows].mean()), loss / len(rows), per_class, top5)

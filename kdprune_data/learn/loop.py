@@ -1,91 +1,41 @@
 """The training loop, one for teachers and students: a `Recipe`, a feed of batches, a loss; what it learned is saved so that it can go on.
 
-Position is (seed, epoch): batches, views and dropout of an epoch are functions of these alone, so a run that continues from the
-checkpoint of an epoch ends with the weights of one that was never interrupted (same device, thread count and versions).
+Position is (seed, epoch, step): batches, views and the first state of dropout's generator in an epoch are functions of these alone, and a
+checkpoint holds the rest, so a run that continues from one ends with the weights of one that was never interrupted (same device, thread
+count and versions).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdprune_data import order
-from kdprune_data.errors import FormatError, KdpruneError, UsageError
+from kdprune_data.errors import KdpruneError, UsageError, first_line
+from kdprune_data.learn.checkpoint import Checkpoint
+from kdprune_data.learn.hooks import Hooks, LossOf
+from kdprune_data.learn.recipe import Plan, Recipe
 from kdprune_data.learn.stream import Batch, Feed
 from kdprune_data.learn.views import Normalisation
 
+__all__ = ["Checkpoint", "Hooks", "LossOf", "Plan", "Recipe", "Training"]
 SAVE_EVERY = 20.0
-"""Seconds between checkpoints of short epochs; what is saved does not depend on it."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. `steps`, where given, ends training there instead of after `epochs`; warm-up is linear, then a cosine to zero."""
-
-    epochs: int = 30
-    steps: int | None = None
-    batch: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup_epochs: int = 1
-    seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in manifests."""
-        return asdict(self) | {"optimizer": "sgd-nesterov", "schedule": "cosine"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe laid over a data set: how many steps in all, how many epochs that begins, how many steps in each."""
-
-    steps: int
-    epochs: int
-    per_epoch: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, per_epoch: int) -> Plan:
-        """Raises UsageError when there would be nothing to do."""
-        steps = recipe.epochs * per_epoch if recipe.steps is None else recipe.steps
-        if steps < 1:
-            raise UsageError(f"{steps} training steps: at least one epoch or step is needed")
-        return cls(steps, math.ceil(steps / per_epoch), per_epoch)
-
-    def lr_at(self, step: int, recipe: Recipe) -> float:
-        """The learning rate of one step, counted from 0. Warm-up takes at most half of training."""
-        warm = min(recipe.warmup_epochs * self.per_epoch, self.steps // 2)
-        if step < warm:
-            return recipe.lr * (step + 1) / warm
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the stage wants to know and do. `observe(batch, logits)` before each update, logits detached; `after_epoch(epoch, row)` with the
-    epoch counted from 1 and its metrics; `tick(samples)` for progress; `validate` returns (loss, accuracy)."""
-
-    observe: Callable[[Batch, Tensor], None] | None = None
-    after_epoch: Callable[[int, Mapping[str, Any]], None] | None = None
-    tick: Callable[[int], None] | None = None
-    validate: Callable[[], tuple[float, float]] | None = None
-    validate_every: int = 1
-
-
-LossOf = Callable[[Tensor, Batch], Tensor]
+"""Seconds between checkpoints, at least; what is learned does not depend on it."""
+SAVE_SHARE = 20.0
+"""A checkpoint comes no sooner than this many times what the last one cost: at most a twentieth of the time goes into them."""
+CHECK_EVERY = 50
+"""Steps after which the loss is looked at: seldom enough that a GPU does not wait for it."""
 
 
 class Training:
-    """A network being trained. `metrics` holds a row for each epoch that was validated or was the last."""
+    """A network being trained: `epoch` epochs and `within` steps of the next one are done; `metrics` holds the rows that are kept."""
 
     def __init__(self, model: nn.Module, feed: Feed, recipe: Recipe, *, normalisation: Normalisation, device: torch.device) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -95,75 +45,107 @@ class Training:
         self.device = device
         self.plan = Plan.of(recipe, feed.steps_per_epoch())
         self.epoch = 0
+        self.within = 0
+        self.seen = 0
         self.metrics: list[dict[str, Any]] = []
-        self._optimizer = torch.optim.SGD(_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+        self.diverged = False
+        self._saved, self._pause = 0.0, 0.0
+        self._loss, self._right = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+        nesterov = recipe.momentum > 0  # without momentum torch has no Nesterov
+        self._optimizer = torch.optim.SGD(_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+        self._average = None if recipe.ema is None else _average(self.model, recipe.ema)
+        # One program for each of an epoch's two lengths of batch, whichever comes first: a continued run computes as the first did.
+        self._compiled = torch.compile(self.model, dynamic=False) if recipe.compile else None
 
     @property
     def step(self) -> int:
-        """Steps done at the end of the epochs done."""
-        return min(self.epoch * self.plan.per_epoch, self.plan.steps)
+        """Steps done."""
+        return min(self.epoch * self.plan.per_epoch + self.within, self.plan.steps)
+
+    @property
+    def samples(self) -> int:
+        """Samples shown so far."""
+        return self.epoch * len(self.feed.images.data.usable()) + (self.seen if self.within else 0)
+
+    @property
+    def learned(self) -> nn.Module:
+        """The network that is the result: the average, where one is kept."""
+        return self.model if self._average is None else self._average.module
 
     def run(self, loss_of: LossOf, hooks: Hooks, checkpoint: Checkpoint | None = None) -> None:
-        """Train to the end, from where the checkpoint stands. Raises KdpruneError when the loss is no longer a number."""
-        if checkpoint is not None:
-            checkpoint.load(self)
-        saved = time.monotonic()
-        while self.epoch < self.plan.epochs:
-            loss, right, seen = self._run_epoch(loss_of, hooks)
-            self.epoch += 1
-            last = self.epoch == self.plan.epochs
-            row: dict[str, Any] = {
-                "epoch": self.epoch,
-                "steps": self.step,
-                "samples": seen,
-                "lr": self.plan.lr_at(self.step - 1, self.recipe),
-            }
-            row |= {"train_loss": loss, "train_accuracy": right, "val_loss": None, "val_accuracy": None}
-            if last or self.epoch % hooks.validate_every == 0:
-                if hooks.validate is not None:
-                    row["val_loss"], row["val_accuracy"] = hooks.validate()
-                self.metrics.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-            if hooks.after_epoch is not None:
-                hooks.after_epoch(self.epoch, row)
-            if checkpoint is not None and not last and time.monotonic() - saved > SAVE_EVERY:
-                checkpoint.save(self)
-                saved = time.monotonic()
+        """Train to the end, from where the checkpoint stands. Raises KdpruneError, and sets `diverged`, when a number is no number."""
+        if checkpoint is not None and self.step == 0:
+            checkpoint.load(self, hooks.partial)
+        for _ in self.steps(loss_of, hooks, checkpoint):
+            pass
 
-    def _run_epoch(self, loss_of: LossOf, hooks: Hooks) -> tuple[float, float, int]:
-        """One epoch: mean loss, accuracy before each update, and samples."""
+    def steps(self, loss_of: LossOf, hooks: Hooks, checkpoint: Checkpoint | None = None) -> Iterator[int]:
+        """As `run`, step by step: the samples of each."""
+        self._saved, self._pause = time.monotonic(), SAVE_EVERY
+        while self.epoch < self.plan.epochs:
+            for samples in self._epoch_steps(loss_of, hooks):
+                yield samples
+                if self.within < self.plan.per_epoch:
+                    self._save_when_due(hooks, checkpoint)
+            self._end_epoch(hooks)
+            self._save_when_due(hooks, checkpoint)
+
+    def _save_when_due(self, hooks: Hooks, checkpoint: Checkpoint | None) -> None:
+        """A checkpoint now and then, never of a state that is no good, and none of the end."""
+        if checkpoint is None or self.step == self.plan.steps or time.monotonic() - self._saved <= self._pause:
+            return
+        began = time.monotonic()
+        self._check(everything=True)
+        checkpoint.save(self, hooks.partial)
+        self._saved = time.monotonic()
+        self._pause = max(SAVE_EVERY, SAVE_SHARE * (self._saved - began))
+
+    def _epoch_steps(self, loss_of: LossOf, hooks: Hooks) -> Iterator[int]:
+        """What is left of an epoch."""
         self.model.train()
-        # Dropout and its like draw from torch's generator: seeded per epoch, so that a continued run draws the same.
-        torch.manual_seed(order.derived(self.recipe.seed, f"dropout/{self.epoch}"))
-        total, right, seen = torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
-        steps_left = self.plan.steps - self.step
-        for n, batch in enumerate(self.feed.epoch(self.epoch)):
-            if n >= steps_left:
-                break
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.plan.lr_at(self.epoch * self.plan.per_epoch + n, self.recipe)
-            images = self.normalisation.apply(batch.images.to(self.device, non_blocking=True))
-            moved = Batch(batch.rows, images, batch.labels.to(self.device), None if batch.logits is None else batch.logits.to(self.device))
+        if self.within == 0:
+            # Dropout and its like draw from torch's generator; in the middle of an epoch its state is the checkpoint's.
+            torch.manual_seed(order.derived(self.recipe.seed, f"dropout/{self.epoch}"))
+            self._loss.zero_()
+            self._right.zero_()
+            self.seen = 0
+        left = min(self.plan.per_epoch - self.within, self.plan.steps - self.step)
+        with closing(self.feed.epoch(self.epoch, self.within)) as batches:
+            for batch in islice(batches, left):
+                self._learn(batch, loss_of, hooks)
+                self.within += 1
+                self.seen += len(batch.rows)
+                if self.step % CHECK_EVERY == 0:
+                    self._check()
+                if hooks.tick is not None:
+                    hooks.tick(len(batch.rows))
+                yield len(batch.rows)
+
+    def _learn(self, batch: Batch, loss_of: LossOf, hooks: Hooks) -> None:
+        """One step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.plan.lr_at(self.step, self.recipe)
+        images = self.normalisation.apply(batch.images.to(self.device, non_blocking=True))
+        moved = Batch(batch.rows, images, batch.labels.to(self.device), None if batch.logits is None else batch.logits.to(self.device))
+        with self._compiling():
             logits = self._forward(images)
             loss = loss_of(logits, moved)
             if hooks.observe is not None:
                 hooks.observe(moved, logits.detach())
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's stub lacks it
-            self._optimizer.step()
-            total += loss.detach() * len(batch.rows)
-            right += (logits.detach().argmax(1) == moved.labels).sum()
-            seen += len(batch.rows)
-            if hooks.tick is not None:
-                hooks.tick(len(batch.rows))
-        # The loss is taken before each update: the weights tell of the last one.
-        if not bool(torch.isfinite(total)) or not all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values()):
-            raise KdpruneError(f"the loss is not a number any more in epoch {self.epoch + 1}: lower --lr (it is {self.recipe.lr:g})")
-        return float(total) / seen, float(right) / seen, seen
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+        self._loss += loss.detach() * len(batch.rows)
+        self._right += (logits.detach().argmax(1) == moved.labels).sum()
 
     def _forward(self, images: Tensor) -> Tensor:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                logits: Tensor = self.model(images)
+                logits: Tensor = (self.model if self._compiled is None else self._compiled)(images)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -173,22 +155,89 @@ class Training:
             ) from None
         return logits.float()
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights and momentum, by name."""
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """One line for a failure of the compiler, which works at the first steps."""
+        try:
+            yield
+        except Exception as error:  # torch's compiler has dozens of its own
+            if self._compiled is None or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise KdpruneError(f"--compile failed ({type(error).__name__}: {first_line(error)}): leave it out") from error
+
+    def _end_epoch(self, hooks: Hooks) -> None:
+        """The epoch's row of metrics, its validation, and what the stage does with it."""
+        # The loss is taken before each update: the weights tell of the last one.
+        self._check(everything=True)
+        last, rate = self.step == self.plan.steps, self.plan.lr_at(self.step - 1, self.recipe)
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "steps": self.step, "samples": self.seen, "lr": rate}
+        row |= {"train_loss": float(self._loss) / self.seen, "train_accuracy": float(self._right) / self.seen}
+        self.epoch, self.within = self.epoch + 1, 0
+        row |= {"val_loss": None, "val_accuracy": None}
+        if hooks.validate is not None and (last or hooks.validated is None or self.epoch in hooks.validated):
+            row["val_loss"], row["val_accuracy"] = hooks.validate()
+        if last or hooks.noted is None or self.epoch in hooks.noted:
+            self.metrics.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+        if hooks.after_epoch is not None:
+            hooks.after_epoch(self.epoch, row)
+
+    def _check(self, *, everything: bool = False) -> None:
+        """Refuse to go on from a loss that is no number; with `everything`, from such weights and momentum too."""
+        fine = bool(torch.isfinite(self._loss))
+        if fine and (not everything or all(bool(torch.isfinite(v).all()) for v in self._tensors().values())):
+            return
+        self.diverged = True
+        rate = self.plan.lr_at(self.step - 1, self.recipe)
+        clip = "" if self.recipe.clip is not None else ", or give --clip 1"
+        raise KdpruneError(
+            f"training has diverged: after step {self.step} (epoch {self.epoch + 1}, learning rate {rate:g}) the loss or a weight is not a "
+            f"finite number; lower --lr (it is {self.recipe.lr:g}){clip}"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training changes, where it is: `model/`, `momentum/` and `average/` tensors by name."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        momentum = {f"momentum/{names[id(p)]}": s["momentum_buffer"] for p, s in self._optimizer.state.items()}
-        return {f"model/{k}": v for k, v in weights(self.model).items()} | {k: v.detach().cpu().contiguous() for k, v in momentum.items()}
+        found = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        found |= {f"momentum/{names[id(p)]}": s["momentum_buffer"] for p, s in self._optimizer.state.items()}
+        return found if self._average is None else found | {f"average/{k}": v for k, v in self._average.state_dict().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that going on needs, by name, on the CPU: weights, momentum, average; generators and sums of the epoch."""
+        found = self._tensors() | {"sums/loss": self._loss, "sums/right": self._right, "rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            found["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            found["rng/mps"] = torch.mps.get_rng_state()
+        return {k: v.detach().cpu().contiguous().clone() for k, v in found.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave. Raises KeyError or RuntimeError when it is another training's."""
         own = self.model.state_dict()
-        own.update({k.removeprefix("model/"): v for k, v in state.items() if k.startswith("model/")})
+        own.update(_part(state, "model/"))
         self.model.load_state_dict(own)
-        for name, p in self.model.named_parameters():
-            if f"momentum/{name}" in state:
-                buffer = state[f"momentum/{name}"].to(p.device)
-                # Memory laid out as the parameter's, or the sums below would round in another order.
-                self._optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+        if self._average is not None:
+            self._average.load_state_dict(_part(state, "average/"))
+        parameters, momentum = dict(self.model.named_parameters()), _part(state, "momentum/")
+        for name, buffer in momentum.items():
+            p = parameters[name]
+            # Memory laid out as the parameter's, or the sums below would round in another order.
+            self._optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+        self._loss.copy_(state["sums/loss"])
+        self._right.copy_(state["sums/right"])
+        torch.set_rng_state(state["rng/cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng/cuda"], self.device)
+        elif self.device.type == "mps":
+            torch.mps.set_rng_state(state["rng/mps"])
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    """The moving average of weights and of buffers, norm statistics among them; it begins with the weights after the first step."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -196,42 +245,3 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights and buffers on the CPU, as they are saved."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-
-
-class Checkpoint:
-    """`last.ckpt/` of an unfinished model folder: `state.json` names the newest state file, which is written whole before it is named."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, training: Training) -> None:
-        """Save the state after an epoch."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"state-{training.epoch:06d}.safetensors"
-        save_file(training.state(), self.folder / f".{name}.tmp")
-        (self.folder / f".{name}.tmp").replace(self.folder / name)
-        note = {"epoch": training.epoch, "file": name, "metrics": training.metrics}
-        beside = self.folder / ".state.json.tmp"
-        beside.write_text(json.dumps(note), encoding="utf-8")
-        beside.replace(self.folder / "state.json")
-        for old in self.folder.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink()
-
-    def load(self, training: Training) -> None:
-        """Continue from the saved state, if there is one. Raises FormatError when it cannot be read."""
-        note = self.folder / "state.json"
-        if not note.is_file():
-            return
-        try:
-            found = json.loads(note.read_text(encoding="utf-8"))
-            state = load_file(self.folder / found["file"])
-        except Exception as error:  # json, safetensors and the file system each have their own
-            raise FormatError(f"{note} cannot be read ({type(error).__name__}): start again with --overwrite") from None
-        training.restore(state)
-        training.epoch, training.metrics = found["epoch"], found["metrics"]

@@ -19,11 +19,14 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(F.log_softmax(student / temperature, 1), target, reduction="batchmean", log_target=True)
 
 
-def distillation(student: Tensor, teacher: Tensor | None, labels: Tensor, *, alpha: float, temperature: float) -> Tensor:
+def distillation(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, *, alpha: float, temperature: float, smoothing: float = 0.0
+) -> Tensor:
     """(1 - alpha) * CE(label) + alpha * temperature^2 * KL(teacher || student), batch means.
 
-    student, teacher: logits, float of shape (n, c); labels: int64 of shape (n,). Source: Ben-Baruch et al., "Distilling the knowledge in
-    data pruning", ICML 2025; the temperature^2 is Hinton's, so that alpha means the same at any temperature.
+    student, teacher: logits, float of shape (n, c); labels: int64 of shape (n,); smoothing: the share of the label that CE spreads
+    over all classes. Source: Ben-Baruch et al., "Distilling the knowledge in data pruning", ICML 2025; the temperature^2 is Hinton's, so
+    that alpha means the same at any temperature.
 
     Raises UsageError when alpha weighs a teacher and there is none.
     """
@@ -31,7 +34,7 @@ def distillation(student: Tensor, teacher: Tensor | None, labels: Tensor, *, alp
         raise UsageError(f"alpha {alpha:g} weighs the teacher's logits, and there are none: give a logit cache, or alpha 0")
     total = student.new_zeros(())
     if alpha < 1:
-        total = total + (1 - alpha) * F.cross_entropy(student, labels)
+        total = total + (1 - alpha) * F.cross_entropy(student, labels, label_smoothing=smoothing)
     if alpha > 0 and teacher is not None:
         total = total + alpha * temperature**2 * kl(student, teacher, temperature)
     return total

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +165,9 @@ class Feed:
         """Batches in an epoch."""
         return len(list(order.batches(self.images.data.usable(), self.batch)))
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, in order."""
-        yield from prefetch(lambda rows: self.make(rows, epoch), self.plan(epoch), self.threads)
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """The batches of an epoch, in order, from the `start`-th on."""
+        yield from prefetch(lambda rows: self.make(rows, epoch), self.plan(epoch)[start:], self.threads)
 
     def make(self, rows: NDArray[np.int64], epoch: int) -> Batch:
         """One batch."""
@@ -177,7 +177,7 @@ class Feed:
         return Batch(rows, images, labels, None if logits is None else torch.from_numpy(logits.astype(np.float32)))
 
 
-def prefetch(make: Callable[[T], R], plan: Iterable[T], threads: int) -> Iterator[R]:
+def prefetch(make: Callable[[T], R], plan: Iterable[T], threads: int) -> Generator[R, None, None]:
     """`make` of every item of the plan, in order, a few items ahead in `threads` threads (0: here and now)."""
     if threads < 1:
         yield from map(make, plan)

@@ -1,15 +1,14 @@
 """Views: deterministic crops of a sample, and the one way to render them, for teacher and student alike.
 
-A `Policy` says what kind of views a data set gets. `geometry` draws the boxes of one view of many samples, from (policy seed, id, view)
-alone, so ranges of views can be made on different machines and a student can replay what its teacher saw. `render` turns decoded images
-and boxes into uint8 batches. `docs/formats.md`, "Views", states both exactly.
+A `Policy` (learn/policy.py) says what kind of views a data set gets. `geometry` draws the boxes of one view of many samples,
+from (policy seed, id, view) alone, so ranges of views can be made on different machines and a student can replay what its teacher saw.
+`render` turns decoded images and boxes into uint8 batches. `docs/formats.md`, "Views", states both exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,51 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdprune_data import order
-from kdprune_data.errors import FormatError
-from kdprune_data.images import DECODER
+from kdprune_data.learn.policy import Crops, Policy, flips, own_size, policy_for
+from kdprune_data.learn.resize import Pixels, evaluation, resize
 
-VERSION = 1
-KINDS = ("pad-crop", "resized-crop")
-KERNEL = "bilinear, antialiased, float32"
-SMALL = 64
-LARGE_SIZE = 224
 TRIES = 10
-Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What views look like. `size`: the side of a rendered view, in pixels; `pad`: how far a pad-crop may reach outside, in pixels;
-    `scale` and `ratio`: bounds of a resized-crop's share of the area and of its width over height."""
-
-    kind: str
-    size: int
-    flip: bool
-    seed: int
-    pad: int = 0
-    scale: tuple[float, float] = (0.25, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in manifests, decoder and resize kernel included."""
-        always = {"version": VERSION, "kind": self.kind, "size": self.size, "flip": self.flip, "seed": self.seed, "decoder": DECODER}
-        if self.kind == "pad-crop":
-            return always | {"pad": self.pad, "kernel": "none"}
-        return always | {"scale": list(self.scale), "ratio": list(self.ratio), "kernel": KERNEL}
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Policy:
-        """From a manifest. Raises FormatError for a policy that this version would render otherwise."""
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k not in ("version", "decoder", "kernel")
-        }
-        try:
-            policy = cls(**plain)
-        except TypeError:
-            policy = None
-        if policy is None or policy.kind not in KINDS or policy.to_dict() != dict(stored):
-            raise FormatError(f"view policy {dict(stored)} is not one that this version renders: use the version that made it")
-        return policy
+__all__ = ["Crops", "Geometry", "Normalisation", "Pixels", "Policy", "evaluation", "flips", "geometry", "own_size", "policy_for", "render"]
 
 
 @dataclass(frozen=True)
@@ -74,30 +33,6 @@ class Geometry:
     height: NDArray[np.int32]
     width: NDArray[np.int32]
     flip: NDArray[np.bool_]
-
-
-def own_size(sizes: NDArray[np.int32]) -> int | None:
-    """The side of the images when all are squares of one size of at most 64 pixels, else None. sizes: shape (n, 2)."""
-    first = int(sizes[0, 0])
-    return first if first <= SMALL and bool((sizes == first).all()) else None
-
-
-def flips(classes: Sequence[str]) -> bool:
-    """Whether mirroring keeps the class: never for digits (so neither for SVHN)."""
-    return not (classes and all(name.strip().isdigit() and len(name.strip()) == 1 for name in classes))
-
-
-def policy_for(sizes: NDArray[np.int32], classes: Sequence[str], *, size: int | None, flip: str, seed: int) -> Policy:
-    """The policy of a data set: padded crops where all images are squares of the asked size, else random resized crops.
-
-    sizes: int32 of shape (n, 2); size: side in pixels, None for the images' own or 224; flip: `auto`, `on` or `off`.
-    """
-    own = own_size(sizes)
-    side = size or own or LARGE_SIZE
-    mirror = flips(classes) if flip == "auto" else flip == "on"
-    if bool((sizes == side).all()):
-        return Policy("pad-crop", side, mirror, seed, pad=side // 8)
-    return Policy("resized-crop", side, mirror, seed)
 
 
 def geometry(policy: Policy, uids: NDArray[np.uint64], sizes: NDArray[np.int32], view: int) -> Geometry:
@@ -191,35 +126,7 @@ def _render_one(image: Pixels, boxes: Geometry, n: int, size: int, device: torch
         cut = F.pad(cut, margins)
     if boxes.flip[n]:
         cut = cut.flip(2)
-    return cut if (height, width) == (size, size) else _resize(cut, size, size)
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 of shape (3, h, w) to (3, height, width), rounded to the nearest grey level."""
-    smooth = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False)
-    return smooth[0].round().clamp(0, 255).to(torch.uint8)
-
-
-def evaluation(images: Pixels | Sequence[Pixels], size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Images as they are evaluated: as they are where they are squares of `size`, else resized to 256/224 of it and the centre cut out.
-
-    Returns uint8 of shape (n, 3, size, size).
-    """
-    if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
-        return torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-    return torch.stack([_centre(image, size, device) for image in images])
-
-
-def _centre(image: Pixels, size: int, device: torch.device | str) -> Tensor:
-    whole = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)
-    h, w = image.shape[:2]
-    if (h, w) == (size, size):
-        return whole
-    short = (size * 256 + 112) // 224
-    high, wide = (short, w * short // h) if h <= w else (h * short // w, short)
-    scaled = _resize(whole, high, wide)
-    top, left = (high - size) // 2, (wide - size) // 2
-    return scaled[:, top : top + size, left : left + size]
+    return cut if (height, width) == (size, size) else resize(cut, size, size)
 
 
 @dataclass(frozen=True)

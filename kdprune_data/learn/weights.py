@@ -1,4 +1,5 @@
-"""Weights from a file into a model: safetensors, or what `torch.load(weights_only=True)` reads. Nothing is ever unpickled freely."""
+"""Weights of a model, and from a file into one: safetensors, or what `torch.load(weights_only=True)` reads. Nothing is ever unpickled
+freely."""
 
 from __future__ import annotations
 
@@ -11,19 +12,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdprune_data.errors import MismatchError, SourceError, first_line, some
+from kdprune_data.errors import MismatchError, SourceError, UsageError, first_line, some
+from kdprune_data.learn.heads import head
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts put the weights in a checkpoint."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
+OURS = "model/"
+"""What stands before the names of the weights in our own checkpoints, beside momentum and the like."""
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights and buffers on the CPU, as they are saved."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put a file's weights into the model, all of them or none.
 
-    `.safetensors`, or anything else that `torch.load(weights_only=True)` reads: a state dict, bare or inside a checkpoint, with or
-    without the prefix of DataParallel or torch.compile. Values are cast to the model's own types.
+    `.safetensors`, a state of an unfinished training of ours among them, or anything else that `torch.load(weights_only=True)` reads: a
+    state dict, bare or inside a checkpoint, with or without the prefix of DataParallel or torch.compile. Values are cast to the model's
+    own types.
 
     Raises SourceError when the file cannot be read without running code in it or holds numbers that are not finite, MismatchError when
     the weights are another model's.
@@ -39,6 +49,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         for key, value in found.items()
         if key in own and value.shape != own[key].shape
     ]
+    if not missing and not extra and (classes := _other_classes(model, found)) is not None:
+        raise MismatchError(f"{path} tells {classes[0]:,} classes apart and this model {classes[1]:,}: use weights of the same classes")
     if faults := [f"{what} {some(keys)}" for what, keys in (("missing", missing), ("unexpected", extra), ("shape", wrong)) if keys]:
         raise MismatchError(f"{path} does not fit this model: {'; '.join(faults)}; check --model and --norm")
     if broken := [key for key, value in found.items() if not bool(torch.isfinite(value).all())]:
@@ -50,9 +62,27 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise SourceError(f"{path} cannot be read as safetensors: {_reason(error)}") from error
+    ours = {key.removeprefix(OURS): value for key, value in found.items() if key.startswith(OURS)}
+    return ours or found
+
+
+def _other_classes(model: nn.Module, found: dict[str, Tensor]) -> tuple[int, int] | None:
+    """How many classes the weights and the model have, where the last layer is all that does not fit."""
+    own = model.state_dict()
+    wrong = [key for key, value in found.items() if value.shape != own[key].shape]
+    layers = {key.rpartition(".")[0] for key in wrong}
+    if len(layers) != 1 or any(found[key].shape[1:] != own[key].shape[1:] for key in wrong):
+        return None
+    try:
+        last = head(model)
+    except UsageError:
+        return None
+    if model.get_submodule(layers.pop()) is not last:
+        return None
+    return len(found[wrong[0]]), len(own[wrong[0]])
 
 
 def _reason(error: Exception) -> str:

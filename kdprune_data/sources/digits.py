@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdprune_data import order
 from kdprune_data.errors import UsageError
 from kdprune_data.images import encode_png
-from kdprune_data.sources.base import Item
+from kdprune_data.sources.base import Item, Outline, outlined
 
 TEST_SHARE = order.fraction("0.2")
 
@@ -21,6 +21,7 @@ class DigitsSource:
     """The train or test split: the fifth of the samples with the smallest order hash is the test split."""
 
     name = "digits"
+    shuffles = True
     left_out: Sequence[str] = ()
     classes = tuple("0123456789")
 
@@ -54,6 +55,13 @@ class DigitsSource:
     def bytes(self) -> int:
         """About 150 bytes an image."""
         return 150 * len(self)
+
+    @cached_property
+    def outline(self) -> Outline:
+        """See `Source`."""
+        labels = self._data[1][self._rows].astype(np.int32)
+        keys = [f"{row:08d}" for row in self._rows.tolist()]
+        return outlined(keys, labels, lambda row: (f"digits row {keys[row]}", keys[row]))
 
     def __iter__(self) -> Iterator[Item]:
         images, labels = self._data

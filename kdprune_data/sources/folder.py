@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdprune_data.errors import SourceError
-from kdprune_data.sources.base import Item, classes_of, key_of, listing
+from kdprune_data.sources.base import Item, Outline, classes_of, key_of, listing, outlined
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -21,6 +23,7 @@ class FolderSource:
     """Images under class folders, in the order of their paths."""
 
     name = "folder"
+    shuffles = True
 
     def __init__(self, root: Path, train: Sequence[str] = ()) -> None:
         self.root = root
@@ -39,7 +42,7 @@ class FolderSource:
                 if file.startswith("."):
                     continue
                 if path.suffix.lower() in IMAGES:
-                    found.append((relative, path.stat().st_size))
+                    found.append((relative, _size(path)))
                 else:
                     others.append(relative)
         if not found:
@@ -92,17 +95,37 @@ class FolderSource:
         """Bytes of all image files."""
         return sum(size for _, size in self._files)
 
+    @cached_property
+    def outline(self) -> Outline:
+        """See `Source`."""
+        numbers = {name: n for n, name in enumerate(self.classes)}
+        labels = np.asarray([numbers[path.split("/", 1)[0]] for path, _ in self._files], np.int32)
+        return outlined((key_of(path) for path, _ in self._files), labels, self._named)
+
+    def _named(self, row: int) -> tuple[str, str]:
+        path = self._files[row][0]
+        return str(self.root / path), key_of(path)
+
     def __iter__(self) -> Iterator[Item]:
-        labels = {name: n for n, name in enumerate(self.classes)}
-        for relative, _ in self._files:
+        for (relative, _), label in zip(self._files, self.outline.labels, strict=True):
             path = self.root / relative
-            yield Item(key_of(relative), path.read_bytes(), labels[relative.split("/", 1)[0]], str(path))
+            yield Item(key_of(relative), path.read_bytes(), int(label), str(path))
 
 
 def _is_loop(here: str, folder: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
+    """Whether a folder is a link to one that was passed on the way to it, or that one of these lies in."""
     path = Path(here, folder)
-    return path.is_symlink() and Path(here).resolve().is_relative_to(path.resolve())
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(passed.resolve().is_relative_to(target) for passed in (Path(here), *Path(here).parents))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, RuntimeError):
+        raise SourceError(f"{path} is a link to nothing: remove it, or fetch what it names") from None
 
 
 def _is_utf8(name: str) -> bool:

@@ -78,6 +78,22 @@ def read_lines(path: Path) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
+def read_classes(path: Path) -> list[str]:
+    """The class names of a text file, one a line, in label order.
+
+    Raises UsageError when it does not exist or has an empty line before its last name, SourceError when it is not UTF-8.
+    """
+    if not path.is_file():
+        raise UsageError(f"--classes {path} does not exist: give a text file with one class name a line")
+    names = [line.strip() for line in read_lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names:
+        where = f"line {names.index('') + 1} is empty" if names else "it is empty"
+        raise UsageError(f"--classes {path}: {where}; give one class name a line, in label order")
+    return names
+
+
 def _from_npy(path: Path) -> Named:
     try:
         array = np.load(path, allow_pickle=False)

@@ -1,6 +1,7 @@
 """Hugging Face image Parquet: `image: struct<bytes, path>` (or plain binary) and `label: int64`, class names in the schema metadata.
 
-Labels may be texts as well, and both may be of the other types that polars and pandas write: large, views, dictionaries.
+Labels may be texts as well, and both may be of the other types that polars and pandas write: large, views, dictionaries. Labels and paths
+are read first, whole; images then by so many rows at a time as fit what may be held.
 """
 
 from __future__ import annotations
@@ -8,71 +9,63 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from kdprune_data.errors import SourceError, UsageError, first_line, some
-from kdprune_data.sources.base import Item, SourceOptions, classes_of, is_inside, key_of, listing
+from kdprune_data.sources.base import Item, Outline, SourceOptions, classes_of, invented, is_inside, key_of, listing, outlined, places_of
 
-BATCH_ROWS = 1000
-SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?![^\W\d_])", re.IGNORECASE)
-"""How the name of a file begins that holds one split."""
+MOST_ROWS = 1000
+ROWS_AS_PYTHON = 16
+BUFFER_BYTES = 1 << 20
+"""Of a column chunk, what is read at once: without it, the reader takes the whole chunk into memory."""
+MOST_CLASSES = 1_000_000
 
 
 class ParquetSource:
-    """One file, or all `*.parquet` of a folder in the order of their names."""
+    """Parquet files of one schema, read one after another."""
 
     name = "parquet"
+    shuffles = True
     left_out: Sequence[str] = ()
 
-    def __init__(self, path: Path, options: SourceOptions) -> None:
-        self.paths = paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    def __init__(self, paths: Sequence[Path], options: SourceOptions) -> None:
+        self.paths = paths
+        self.where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1:,} more"
         self.train = options.train
-        _check_one_split(path, paths)
-        try:
-            self.files = [pq.ParquetFile(p, memory_map=True) for p in paths]
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{path} cannot be read as Parquet ({first_line(error)}): fetch it again") from None
-        self.path = path
-        self.schema = self.files[0].schema_arrow
-        for p, file in zip(paths, self.files, strict=True):
-            if not file.schema_arrow.equals(self.schema):
-                raise SourceError(f"{p} has other columns than {paths[0]}: import files of one schema")
-        self.image_column = options.image_column or self._find("Image", ("image", "img", "jpg", "png"), self._is_image)
-        self.label_column = options.label_column or self._find("ClassLabel", ("label", "labels", "cls", "fine_label"), self._is_label)
-        for column, fits in ((self.image_column, self._is_image), (self.label_column, self._is_label)):
+        self.read_bytes = options.read_bytes
+        self.files, schemas = zip(*map(_look, paths), strict=True)
+        self.schema = schemas[0]
+        for path, schema in zip(paths, schemas, strict=True):
+            if not schema.equals(self.schema):
+                raise SourceError(f"{path} has other columns than {paths[0]}: import files of one schema")
+        self.image_column = options.image_column or self._find("Image", ("image", "img", "jpg", "png"), _is_image)
+        self.label_column = options.label_column or self._find("ClassLabel", ("label", "labels", "cls", "fine_label"), _is_label)
+        for column, fits in ((self.image_column, _is_image), (self.label_column, _is_label)):
             if column not in self.schema.names:
-                raise UsageError(f"{path} has no column {column!r}: it has {', '.join(self.schema.names)}")
+                raise UsageError(f"{self.where} has no column {column!r}: it has {', '.join(self.schema.names)}")
             if not fits(self.schema.field(column).type):
-                raise UsageError(f"{path}: column {column!r} is {self.schema.field(column).type}: not images (or labels); name another")
+                kind = self.schema.field(column).type
+                raise UsageError(f"{self.where}: column {column!r} is {kind}: not images (or labels); name another")
         if len(self) == 0:
-            raise SourceError(f"{path} has no rows: nothing to import")
+            raise SourceError(f"{self.where} has no rows: nothing to import")
 
     def _find(self, feature: str, names: Sequence[str], fits: Any) -> str:
         found = [name for name, spec in self._features.items() if isinstance(spec, dict) and spec.get("_type") == feature]
         found = found or [name for name in names if name in self.schema.names and fits(self.schema.field(name).type)]
         if not found or (len(found) > 1 and feature == "Image"):
             kind = "image" if feature == "Image" else "label"
-            raise UsageError(f"{self.path}: which column holds the {kind}? name it with --{kind}-column: {', '.join(self.schema.names)}")
+            raise UsageError(f"{self.where}: which column holds the {kind}? name it with --{kind}-column: {', '.join(self.schema.names)}")
         return found[0]
-
-    @staticmethod
-    def _is_image(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            at = kind.get_field_index("bytes")
-            return at >= 0 and _is_binary(kind.field(at).type)
-        return _is_binary(kind)
-
-    @staticmethod
-    def _is_label(kind: pa.DataType) -> bool:
-        return bool(pa.types.is_integer(_plain(kind)) or pa.types.is_string(_plain(kind)))
 
     @cached_property
     def _features(self) -> dict[str, Any]:
@@ -90,7 +83,10 @@ class ParquetSource:
 
     def _column(self, name: str) -> pa.ChunkedArray:
         """A column of labels or paths, whole, as plain integers or strings."""
-        found = [f.read(columns=[name]).column(0) for f in self.files]
+        found = []
+        for path, file in zip(self.paths, self.files, strict=True):
+            with _reading(path):
+                found.append(_open(path, file).read(columns=[name]).column(0))
         if "." in name and pa.types.is_struct(found[0].type):
             found = [pc.struct_field(one, 0) for one in found]
         return pa.chunked_array([c for one in found for c in one.cast(_plain(one.type)).chunks], _plain(found[0].type))
@@ -108,12 +104,16 @@ class ParquetSource:
         if pa.types.is_string(self._labels.type):
             return sorted(pc.unique(self._labels.drop_null()).to_pylist())
         top = pc.max(self._labels).as_py()
-        return _numbered(0 if top is None else top + 1)
+        if top is not None and top >= MOST_CLASSES:
+            raise SourceError(
+                f"{self.where} has label {top:,}: without class names at most {MOST_CLASSES - 1:,}; number the classes from 0"
+            )
+        return invented(0 if top is None else top + 1)
 
     @cached_property
     def classes(self) -> Sequence[str]:
         """Its own (see `_own`); or train's, where those are among them: by name, or by number where neither has names."""
-        if not self._names and pa.types.is_integer(self._labels.type) and list(self.train) != _numbered(len(self.train)):
+        if not self._names and pa.types.is_integer(self._labels.type) and list(self.train) != invented(len(self.train)):
             return self._own
         return classes_of(self._own, self.train)
 
@@ -123,10 +123,13 @@ class ParquetSource:
         kind = self.schema.field(self.image_column).type
         if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
             return False
-        paths = self._column(f"{self.image_column}.path")
+        paths = self._paths()
         if paths.null_count or len(pc.unique(paths)) < len(paths):
             return False
-        return all(is_inside(path) for path in paths.to_pylist())
+        return all(is_inside(path) for path in _texts(paths))
+
+    def _paths(self) -> pa.ChunkedArray:
+        return self._column(f"{self.image_column}.path")
 
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
@@ -139,51 +142,102 @@ class ParquetSource:
         return {"source": self.name} | files | columns | taken
 
     def __len__(self) -> int:
-        return int(sum(f.metadata.num_rows for f in self.files))
+        return int(sum(file.num_rows for file in self.files))
 
     @property
     def bytes(self) -> int:
-        """Bytes of the files."""
-        return int(sum(f.metadata.row_group(n).total_byte_size for f in self.files for n in range(f.num_row_groups)))
-
-    def __iter__(self) -> Iterator[Item]:
-        numbers = {name: n for n, name in enumerate(self._own)}
-        row = 0
-        for file in self.files:
-            for batch in file.iter_batches(BATCH_ROWS, columns=[self.image_column, self.label_column]):
-                images = batch.column(self.image_column).to_pylist()
-                for image, label in zip(images, batch.column(self.label_column).to_pylist(), strict=True):
-                    yield self._item(row, image, numbers[label] if isinstance(label, str) else label)
-                    row += 1
+        """Bytes of the columns, uncompressed."""
+        return int(sum(file.row_group(n).total_byte_size for file in self.files for n in range(file.num_row_groups)))
 
     @cached_property
-    def _places(self) -> Sequence[int]:
-        """For each of its own classes, the place in `classes`."""
-        if list(self._own) == list(self.classes):  # two may have one name
-            return range(len(self._own))
-        places = {name: n for n, name in enumerate(self.classes)}
-        return [places[name] for name in self._own]
+    def outline(self) -> Outline:
+        """See `Source`."""
+        own = self._numbers()
+        labels = np.full(len(own), -1, np.int32)
+        labels[own >= 0] = places_of(self._own, self.classes)[own[own >= 0]]
+        if not self._keys_from_paths:
+            return outlined((f"{row:08d}" for row in range(len(self))), labels, lambda row: (self._origin(row), f"{row:08d}"))
+        paths = self._paths()
+        return outlined(map(key_of, _texts(paths)), labels, lambda row: (self._origin(row), key_of(paths[row].as_py())))
 
-    def _item(self, row: int, image: Any, label: int | None) -> Item:
-        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        origin = f"{self.path} row {row}"
-        if not data:
-            raise SourceError(f"{origin} has no image bytes: only Parquet that holds the images themselves can be imported")
-        if label == -1:  # how Hugging Face's ClassLabel says that there is none
-            label = None
-        if label is not None and not 0 <= label < len(self._own):
-            known = some(self._own)
-            raise SourceError(f"{origin} has label {label}, outside 0 to {len(self._own) - 1} ({known}): mend it or drop the row")
-        if label is not None:
-            label = self._places[label]
-        return Item(key_of(str(path)) if self._keys_from_paths else f"{row:08d}", data, label, origin)
+    def _numbers(self) -> NDArray[np.int64]:
+        """Each row's place among its own classes, -1 for none. Raises SourceError for a number outside them."""
+        found = self._labels
+        if pa.types.is_string(found.type):
+            return np.asarray(pc.index_in(found, pa.array(self._own, pa.string())).fill_null(-1).to_numpy(), np.int64)
+        numbers = np.asarray(found.cast(pa.int64(), safe=False).fill_null(-1).to_numpy(), np.int64)
+        wrong = np.flatnonzero((numbers < -1) | (numbers >= len(self._own)))  # -1 is how Hugging Face's ClassLabel says that there is none
+        if len(wrong):
+            at = f"{self._origin(int(wrong[0]))} has label {found[int(wrong[0])].as_py()}"
+            raise SourceError(f"{at}, outside 0 to {len(self._own) - 1} ({some(self._own)}): mend it or drop the row")
+        return numbers
+
+    def _origin(self, row: int) -> str:
+        for path, file in zip(self.paths, self.files, strict=True):
+            if row < file.num_rows:
+                return f"{path} row {row}"
+            row -= file.num_rows
+        return f"row {row}"
+
+    def __iter__(self) -> Iterator[Item]:
+        row = 0
+        for path, file in zip(self.paths, self.files, strict=True):
+            for place, image in enumerate(self._images(path, file)):
+                data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+                origin = f"{path} row {place}"
+                if data is None:
+                    raise SourceError(f"{origin} has no image bytes: only Parquet that holds the images themselves can be imported")
+                label = int(self.outline.labels[row])
+                yield Item(key_of(str(name)) if self._keys_from_paths else f"{row:08d}", data, None if label < 0 else label, origin)
+                row += 1
+
+    def _images(self, path: Path, metadata: Any) -> Iterator[Any]:
+        """The values of a file's image column, so many rows at a time as hold about `read_bytes`, by the row group's own figures."""
+        with _reading(path):
+            file = _open(path, metadata)
+            for group in range(metadata.num_row_groups):
+                rows = _rows_at_once(metadata.row_group(group), self.image_column, self.read_bytes)
+                for batch in file.iter_batches(rows, row_groups=[group], columns=[self.image_column]):
+                    column = batch.column(0)
+                    for at in range(0, len(column), ROWS_AS_PYTHON):
+                        yield from column.slice(at, ROWS_AS_PYTHON).to_pylist()
+                pa.default_memory_pool().release_unused()
 
 
-def _check_one_split(path: Path, paths: Sequence[Path]) -> None:
-    """Refuse a folder of several splits: merged, a test set would be trained on."""
-    splits = sorted({found[1].lower() for p in paths if (found := SPLIT.match(p.name))})
-    if len(splits) > 1:
-        raise UsageError(f"{path} holds files of several splits ({some(splits)}): import one at a time, by its file or a folder of its own")
+def _look(path: Path) -> tuple[Any, pa.Schema]:
+    """A file's metadata and schema; it is closed again, as a process may open only so many."""
+    with _reading(path), pq.ParquetFile(path) as file:
+        return file.metadata, file.schema_arrow
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the Parquet library makes of a file that is none, or damaged, in one line."""
+    try:
+        yield
+    except MemoryError as error:
+        advice = "give the process more, or write the file with smaller row groups"
+        raise SourceError(f"{path}: there is no memory for a page of it ({first_line(error)}): {advice}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path} cannot be read as Parquet ({first_line(error)}): fetch it again") from None
+
+
+def _open(path: Path, metadata: Any) -> Any:
+    """A file to read page by page through a small buffer: neither mapped, which counts as the process's memory, nor a chunk at a time."""
+    return pq.ParquetFile(path, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False)
+
+
+def _rows_at_once(group: Any, column: str, read_bytes: int) -> int:
+    chunks = [group.column(n) for n in range(group.num_columns)]
+    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+    return int(max(1, min(MOST_ROWS, read_bytes * group.num_rows // max(size, 1))))
+
+
+def _texts(column: pa.ChunkedArray) -> Iterator[str]:
+    """The values of a column of texts, few at a time."""
+    for chunk in column.chunks:
+        for at in range(0, len(chunk), MOST_ROWS):
+            yield from chunk.slice(at, MOST_ROWS).to_pylist()
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -192,13 +246,19 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else kind
 
 
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and _is_binary(kind.field(at).type)
+    return _is_binary(kind)
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(_plain(kind)) or pa.types.is_string(_plain(kind)))
+
+
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _numbered(n: int) -> list[str]:
-    """The names of classes that have none."""
-    return [f"class {i}" for i in range(n)]
 
 
 def _footer(path: Path) -> bytes:

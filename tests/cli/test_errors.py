@@ -61,7 +61,10 @@ def options(name: str) -> set[str]:
 # --- in an empty workspace
 
 EMPTY: list[tuple[list[str], str]] = [
-    (["nonsense"], "No such command 'nonsense'"),
+    (["nonsense"], "unknown command 'nonsense'; known: cache, completion, demo,"),
+    (["selct"], "unknown command 'selct'; did you mean 'select'?"),
+    (["completion"], "Missing argument"),
+    (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
     (["--nonsense"], "--nonsense"),
     (["teacher", "--epochz", "3"], "--epochz"),
     (["teacher", "extra"], "extra argument (extra) (see kdprune-data teacher --help)"),
@@ -94,7 +97,7 @@ EMPTY: list[tuple[list[str], str]] = [
     (["info", "."], "holds no manifest.json"),
     (["verify"], "Missing argument 'ARTEFACT'"),
     (["verify", "nowhere"], "nowhere does not exist"),
-    (["import"], "Missing argument 'SOURCE'"),
+    (["import"], "Missing argument 'SOURCE"),
     (["import", "nowhere"], "nowhere"),
     (["import", "digits", "--split", "dev"], "'dev' is not one of 'train', 'val', 'test'"),
     (["import", "digits", "--split", "val"], "digits has no split 'val'"),
@@ -103,6 +106,8 @@ EMPTY: list[tuple[list[str], str]] = [
     (["import", "digits", "--holdout", "0.1", "--split", "test"], "--holdout goes with --split train"),
     (["index"], "Missing argument 'SHARDS...'"),
     (["index", "nowhere.tar"], "no such file: 'nowhere.tar'"),
+    (["run"], "recipe"),
+    (["run", "nowhere.toml"], "nowhere.toml"),
     (["demo", "--seeds", "1"], "--seeds 1 is too small: at least 2"),
 ]
 
@@ -130,7 +135,7 @@ FULL: list[tuple[list[str], str]] = [
     (["select", "--frac", "0.5", "--out", "a", "--name", "b"], "--out and --name were both given"),
     (["select", "--frac", "0.5", "--name", "a/b"], "--name 'a/b' is not a plain name"),
     (["select", "--frac", "0.5", "--name", ".a"], "--name '.a' is not a plain name"),
-    (["select", "--frac", "0.5", "--name", ""], "--name '' is not a plain name"),
+    (["select", "--frac", "0.5", "--name", ""], "--name is empty: give a value, or leave it out"),
     (["select", "--frac", "0.5", "--balance", "odd"], "'odd' is not one of"),
     (["select", "--frac", "0.5", "--keys", "ids.txt"], "say what to keep: either --frac FRACTION"),
     (["teacher", "--model", "resnet-20"], "unknown model 'resnet-20'; did you mean 'resnet20'?"),
@@ -232,10 +237,25 @@ def test_where_a_file_stands_in_the_way(chain_copy: Path, kdprune: Cli) -> None:
 
 def test_a_traceback_only_with_debug(tmp_path: Path, kdprune: Cli) -> None:
     assert "Traceback" not in kdprune("teacher", cwd=tmp_path).err
-    ran = kdprune("--debug", "teacher", cwd=tmp_path)
-    assert ran.code == 2
-    assert "Traceback" in ran.err
-    assert ran.err.splitlines()[-1].startswith("error: no data/train here")
+    for line in (["--debug", "teacher"], ["teacher", "--debug"]):
+        ran = kdprune(*line, cwd=tmp_path)
+        assert ran.code == 2
+        assert "Traceback" in ran.err
+        assert ran.err.splitlines()[-1].startswith("error: no data/train here")
+
+
+@pytest.mark.parametrize("line", [["-v", "select"], ["select", "-v"], ["--verbose", "select", "-v"]], ids=" ".join)
+def test_details_with_verbose(chain_copy: Path, kdprune: Cli, line: list[str]) -> None:
+    """Each file written, once, with the time; and no more of it after that command."""
+    ran = kdprune(*line, "--frac", "0.1", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    wrote = re.findall(r"^\d\d:\d\d:\d\d wrote subsets/random-0.1-s0/(\S+): [\d,]+ bytes, sha256 [0-9a-f]{64}$", ran.err, re.MULTILINE)
+    assert {"shard-000000.tar", "index.parquet", "selection.parquet"} <= set(wrote)
+    assert len(wrote) == len(set(wrote))
+    assert ran.err.count("train: data/train") == 1
+    assert re.search(r" select: frac = 0\.1$", ran.err, re.MULTILINE)
+    assert re.search(r" read data/train: dataset, digest [0-9a-f]{64}, content [0-9a-f]{64}$", ran.err, re.MULTILINE)
+    assert "wrote" not in kdprune("select", "--frac", "0.2", cwd=chain_copy).err
 
 
 # --- kdprune.toml
@@ -246,11 +266,11 @@ BAD_SETTINGS = [
     ("[select]\nfrac = \n", "kdprune.toml cannot be read"),
     ("frac = 0.5\n", "unknown section of kdprune.toml 'frac'"),
     ("select = 0.5\n", "kdprune.toml: select = 0.5 stands outside a section"),
-    ('[select]\nseed = "three"\n', "option 'seed' is 'three': expected int"),
-    ("[select]\nseed = 1.5\n", "option 'seed' is 1.5: expected int"),
-    ("[select]\nseed = true\n", "option 'seed' is True: expected int"),
+    ('[select]\nseed = "three"\n', "option 'seed' is 'three': expected a whole number"),
+    ("[select]\nseed = 1.5\n", "option 'seed' is 1.5: expected a whole number"),
+    ("[select]\nseed = true\n", "option 'seed' is True: expected a whole number"),
     ("[select]\nseed = -1\n", "--seed -1 is too small"),
-    ("[select]\nids_only = 1\n", "option 'ids_only' is 1: expected bool"),
+    ("[select]\nids_only = 1\n", "option 'ids_only' is 1: expected true or false"),
     ('[select]\nbalance = "odd"\n', "unknown balance 'odd'"),
     ("[select]\nfrac = 1.5\n", "fraction 1.5 is out of range"),
     ("[select]\nfrac = 1.5\n[distill]\n[teacher\n", "kdprune.toml cannot be read"),
@@ -326,6 +346,8 @@ ONE_OBJECT = [
     ["evaluate", STUDENT],
     ["info", STUDENT],
     ["verify", CACHE],
+    ["run", "--list"],
+    ["completion", "bash"],
 ]
 
 
@@ -337,6 +359,35 @@ def test_json_is_one_object_and_nothing_else(chain_copy: Path, kdprune: Cli, lin
         assert ran.out.count("\n") == 1
         assert isinstance(json.loads(ran.out), dict)
         json.loads(ran.out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+
+
+FAILURES = [
+    (["info", "nowhere", "--json"], "UsageError", 2),
+    (["--debug", "info", "nowhere", "--json"], "UsageError", 2),
+    (["select", "--frak", "1", "--json"], "UsageError", 2),
+    (["select", "--frac", "--json", "--json"], "UsageError", 2),
+    (["selct", "--json"], "UsageError", 2),
+    (["import", "nowhere.parquet", "--json"], "UsageError", 2),
+    (["import", "digits", "--split", "train", "--json"], "ExistsError", 2),
+    (["score", "--out", "score.parquet", "--device", "nonsense", "--json"], "UsageError", 2),
+    (["import", "empty", "--out", "elsewhere/train", "--json"], "SourceError", 1),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "code"), FAILURES, ids=[" ".join(line) for line, _, _ in FAILURES])
+def test_failures_are_one_object_too(chain_copy: Path, kdprune: Cli, line: list[str], kind: str, code: int) -> None:
+    (chain_copy / "empty").mkdir()
+    ran = kdprune(*line, cwd=chain_copy)
+    assert ran.code == code
+    said = ran.err.splitlines()[-1].removeprefix("error: ")
+    assert json.loads(ran.out) == {"error": {"message": said, "exit_code": code, "type": kind}}
+    assert ran.out.count("\n") == 1
+
+
+def test_a_message_is_one_line_whatever_files_are_called(tmp_path: Path, kdprune: Cli) -> None:
+    ran = kdprune("info", "two\nlines", "--json", cwd=tmp_path)
+    assert ran.err.count("\n") == 1
+    assert "two\\nlines" in json.loads(ran.out)["error"]["message"]
 
 
 def test_text_goes_to_stdout_and_progress_to_stderr(chain_copy: Path, kdprune: Cli) -> None:

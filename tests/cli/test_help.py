@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import click
 import pytest
-from kdprune_cli.main import COMMANDS, call, group
+from kdprune_cli.main import COMMANDS, call, group, module_of
 
 from kdprune_data import __version__
 from kdprune_data.config import Config
 
+EVERYWHERE = {"as_json", "verbose", "debug"}
+"""Options that every command has, and its settings have not."""
 HEAVY = ("torch", "torchvision", "sklearn", "datasets", "pandas")
 
 
@@ -26,8 +29,12 @@ def command(name: str) -> click.Command:
 
 
 def config_of(name: str) -> type[Config]:
-    module = importlib.import_module(f"kdprune_pipelines.{name}_" if name == "import" else f"kdprune_pipelines.{name}")
-    return next(v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__ and issubclass(v, Config))
+    """The settings of a command: of its stage, or, where it is none, in its own file."""
+    for module in (module_of(name).replace("kdprune_cli", "kdprune_pipelines"), module_of(name)):
+        with contextlib.suppress(ModuleNotFoundError):
+            found = vars(importlib.import_module(module))
+            return next(v for v in found.values() if isinstance(v, type) and v.__module__ == module and issubclass(v, Config))
+    raise AssertionError(name)
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -46,7 +53,7 @@ def test_the_group_lists_every_command(capsys: pytest.CaptureFixture[str], argum
 
 def test_every_file_is_a_command_and_every_command_a_file() -> None:
     folder = Path(importlib.import_module("kdprune_cli").__path__[0])
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "options"}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "options", "endings"}
     assert {name.removesuffix("_") for name in files} == set(COMMANDS) == set(group.list_commands(click.Context(group)))
 
 
@@ -60,7 +67,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], name: str
             assert parameter.help, parameter.name
             assert parameter.opts[0] in text
             assert re.sub(r"\s+", "", parameter.help.split("  [")[0]) in re.sub(r"\s+", "", text)
-    assert {p.name for p in command(name).params} - {"as_json"} == set(fields)
+    assert {p.name for p in command(name).params} - EVERYWHERE == set(fields)
     assert "Traceback" not in text
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +119,7 @@ def test_an_error_while_a_file_is_written_leaves_no_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("parts", [0, 1])
-@pytest.mark.parametrize(("error", "stays"), [(SourceError, False), (UsageError, False), (KeyboardInterrupt, True), (OSError, True)])
+@pytest.mark.parametrize(("error", "stays"), [(SourceError, False), (UsageError, False), (KeyboardInterrupt, True), (OSError, False)])
 def test_a_refusal_before_anything_was_made_leaves_nothing(tmp_path: Path, error: type[BaseException], stays: bool, parts: int) -> None:
     """What was refused is asked for differently next time; what was interrupted goes on."""
 
@@ -129,6 +132,76 @@ def test_a_refusal_before_anything_was_made_leaves_nothing(tmp_path: Path, error
     with pytest.raises(error):
         stopped()
     assert (tmp_path / "x").exists() == (stays or parts > 0)
+
+
+@pytest.mark.parametrize("error", [SourceError, OSError])
+@pytest.mark.parametrize("around", ["a", "a/b", "."])
+def test_folders_made_around_a_refusal_go_with_it(tmp_path: Path, error: type[Exception], around: str) -> None:
+    """Those that were there before stay, and those that somebody put something in."""
+
+    def stopped(*names: str) -> None:
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(Build.begin(tmp_path / around / name, identity()))
+            raise error
+
+    with pytest.raises(error):
+        stopped("x", "y")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir(exist_ok=True)
+    with pytest.raises(error):
+        stopped("x")
+    assert [p.name for p in tmp_path.rglob("*")] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("n" * 241, "is 241 bytes long: at most 240 fit; choose a shorter one"),
+        ("ü" * 121, "is 242 bytes long: at most 240 fit; choose a shorter one"),
+        ("n" * 256 + "/x", "is 256 bytes long: at most 255 fit; choose a shorter one"),
+        ("a\nb", "holds a control character: choose another --name or --out"),
+        ("a\x7fb", "holds a control character"),
+        ("a\u2028b", "holds a control character"),
+    ],
+)
+def test_names_that_are_refused_before_the_work(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Build.begin(tmp_path / name, identity())
+    assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_no_manifest_can_hold(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"the name 'b\\udce4' is not UTF-8: choose another --name or --out"):
+        Build.begin(tmp_path / "x", replace(identity(), name="b\udce4"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_nothing_is_made_inside_an_artefact(tmp_path: Path, finished: bool) -> None:
+    with Build.begin(tmp_path / "x", identity()) as build:
+        build.write("a.bin", b"a")
+        if finished:
+            build.seal(counts={}, classes=[], content="")
+    with pytest.raises(
+        ExistsError, match=r"x/y/z lies inside an artefact \(.*x\), which would hold a file too many: choose another --out$"
+    ):
+        Build.begin(tmp_path / "x" / "y" / "z", identity())
+
+
+def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
+    with Build.begin(tmp_path / "x", identity()) as build:
+        (tmp_path / "x/.partial/log.txt").unlink()
+        build.write("a.bin", b"a")
+        build.seal(counts={}, classes=[], content="")
+    assert Manifest.load(tmp_path / "x").files[0].path == "a.bin"
+
+
+def test_the_log_holds_what_is_no_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Build.begin(tmp_path / "x", identity()):
+        logging.getLogger("kdprune_data").warning("read %s", "b\udce4")
+        assert "read b\\udce4" in (tmp_path / "x/.partial/log.txt").read_text()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_refusal_while_adding_to_a_finished_one_leaves_it_as_it_was(tmp_path: Path) -> None:

@@ -166,28 +166,39 @@ def test_shards_are_cut_by_bytes(tmp_path: Path, limit: int) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_shards_left_by_an_interrupted_run_are_taken_as_they_are(tmp_path: Path, jobs: int) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_shards_left_by_an_interrupted_run_are_taken_as_they_are(tmp_path: Path, jobs: int, changed: bool) -> None:
+    """They stand, and are compared with the samples that pass by; a source that is another one now is refused."""
+
     def begin(name: str) -> Build:
         return Build.begin(tmp_path / name, Identity("dataset", "train", {}, []))
 
+    def shards() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
+
     samples = [sample(n) for n in range(20)]
-    with begin("x") as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False) as writer:
+    with begin("x") as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False, window=0) as writer:
         for one in samples[:12]:
             writer.add(one)
-        writer._pool.shutdown()
-    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
+    stamps = shards()
     assert sorted(stamps) == ["shard-000000.tar", "shard-000001.tar"]
-    changed = [*samples[:7], Sample("007", samples[8].data, 0, ""), *samples[8:]]  # the second shard is another one now
-    tables = []
-    for name in ("x", "fresh"):
+    assert not list((tmp_path / "x").rglob("*.tmp"))
+    if changed:
+        samples[7] = Sample("007", samples[8].data, 0, "")
+
+    def write(name: str) -> pa.Table:
         with begin(name) as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False) as writer:
-            for one in changed:
+            for one in samples:
                 writer.add(one)
-            tables.append(writer.finish())
-    assert tables[0].equals(tables[1])
-    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
-    assert now["shard-000000.tar"] == stamps["shard-000000.tar"]
-    assert now["shard-000001.tar"] != stamps["shard-000001.tar"]
+            return writer.finish()
+
+    fresh = write("fresh")
+    if changed:
+        with pytest.raises(SourceError, match=r"^the source changed since .*shard-000001.tar holds other samples"):
+            write("x")
+        return
+    assert fresh.equals(write("x"))
+    assert shards().items() >= stamps.items()
     for path in (tmp_path / "fresh").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "x" / path.name).read_bytes()
 

@@ -155,7 +155,18 @@ def test_any_changed_byte_of_the_manifest_is_refused(folder: Path) -> None:
             with pytest.raises(FormatError) as caught:
                 Manifest.load(folder)
             assert "\n" not in str(caught.value)
-    for other in (raw + b"\n", raw[:-1], b"", b"[]", b'"text"', b"null", b"{}", b"\xff\xfe", json.dumps(json.loads(raw)).encode()):
+    for other in (
+        raw + b"\n",
+        raw[:-1],
+        b"",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"{}",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        json.dumps(json.loads(raw)).encode(),
+    ):
         (folder / m.NAME).write_bytes(other)
         with pytest.raises(FormatError, match=r"make or fetch|use the version"):
             Manifest.load(folder)
@@ -175,6 +186,15 @@ def signed(body: dict[str, Any]) -> bytes:
         ({"files": [{"path": "index.parquet", "bytes": 5}]}, "is not a manifest (TypeError)"),
         ({"more": 1}, "is not a manifest (TypeError)"),
         ({"files": None}, "is not a manifest (TypeError)"),
+        ({"files": [{"path": "index.parquet", "bytes": "5", "sha256": None}]}, "is not a manifest (TypeError)"),
+        ({"files": [{"path": 5, "bytes": 5, "sha256": None}]}, "is not a manifest (TypeError)"),
+        ({"name": None}, "is not a manifest (TypeError)"),
+        ({"classes": "01"}, "is not a manifest (TypeError)"),
+        ({"classes": [0, 1]}, "is not a manifest (TypeError)"),
+        ({"counts": [1]}, "is not a manifest (TypeError)"),
+        ({"config": None}, "is not a manifest (TypeError)"),
+        ({"inputs": {}}, "is not a manifest (TypeError)"),
+        ({"inputs": [{"role": "data"}]}, "is not a manifest (KeyError)"),
     ],
 )
 def test_a_manifest_that_is_true_to_itself_but_not_to_the_page_is_refused(folder: Path, change: dict[str, Any], says: str) -> None:

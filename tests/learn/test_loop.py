@@ -1,12 +1,11 @@
-"""learn/loop.py and learn/dynamics.py: schedules, decay, continuing after an interruption, and what is noted before each update."""
+"""learn/loop.py, learn/recipe.py and learn/dynamics.py: schedules, decay, averages, divergence, and what is noted before each update."""
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdprune_data.errors import FormatError, KdpruneError, UsageError
+from kdprune_data.errors import KdpruneError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.learn import inference, loop, models
 from kdprune_data.learn.dynamics import Recorder
-from kdprune_data.learn.loop import Checkpoint, Hooks, Plan, Recipe, Training
+from kdprune_data.learn.loop import Hooks, Plan, Recipe, Training
 from kdprune_data.learn.stream import Batch, DrawnViews, Feed, Images
 from kdprune_data.learn.views import Normalisation, Policy
+from kdprune_data.learn.weights import weights
 
 CPU = torch.device("cpu")
 EVEN = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -55,7 +55,7 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def weights_of(one: Training) -> dict[str, Tensor]:
-    return loop.weights(one.model)
+    return weights(one.model)
 
 
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -199,13 +199,51 @@ def test_metrics_are_of_the_epoch(chain: Path) -> None:
         assert (row["val_loss"], row["val_accuracy"], row["epoch"], row["steps"]) == (1.25, 0.5, n + 1, 3 * n + 3)
 
 
-@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
-def test_validation_comes_every_so_often_and_at_the_end(chain: Path, every: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("validated", "noted", "rows", "values"),
+    [
+        ({2, 4}, {2, 4}, [2, 4, 5], [2, 4, 5]),
+        ({3}, None, [1, 2, 3, 4, 5], [3, 5]),
+        (None, set(), [5], [5]),
+        (set(), None, [1, 2, 3, 4, 5], [5]),
+        (None, None, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_validation_comes_when_asked_and_at_the_end(
+    chain: Path, validated: set[int] | None, noted: set[int] | None, rows: list[int], values: list[int]
+) -> None:
     one = training(chain, Recipe(epochs=5, batch=54), "dropout")
     epochs: list[int] = []
-    one.run(cross_entropy, Hooks(validate=lambda: (0.0, 1.0), validate_every=every, after_epoch=lambda epoch, _: epochs.append(epoch)))
-    assert [row["epoch"] for row in one.metrics] == expected
+    hooks = Hooks(validate=lambda: (0.0, 1.0), validated=validated, noted=noted, after_epoch=lambda epoch, _: epochs.append(epoch))
+    one.run(cross_entropy, hooks)
+    assert [row["epoch"] for row in one.metrics] == rows
+    assert [row["epoch"] for row in one.metrics if row["val_loss"] is not None] == values
     assert epochs == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "samples", "val", "most", "expected"),
+    [
+        (4, None, 100, 10, 30, [1, 2, 3, 4]),  # 400 samples trained on allow 40 validations of 10
+        (4, None, 100, 200, 30, [2, 4]),
+        (4, None, 100, 150, 30, [2, 4]),
+        (5, None, 100, 150, 30, [2, 4, 5]),
+        (4, None, 100, 401, 30, [4]),
+        (90, None, 100, 1, 30, [*range(3, 91, 3)]),
+        (31, None, 100, 1, 30, [math.ceil(n * 31 / 30) for n in range(1, 31)]),
+        (31, None, 100, 1, None, [*range(1, 32)]),
+        (31, None, 100, None, 30, [math.ceil(n * 31 / 30) for n in range(1, 31)]),
+        (31, None, 100, 1550, None, [16, 31]),
+        (0, 15, 100, 75, None, [1, 2]),  # a step and a half of ten: 150 samples
+    ],
+)
+def test_no_more_is_validated_than_trained(
+    epochs: int, steps: int | None, samples: int, val: int | None, most: int | None, expected: list[int]
+) -> None:
+    plan = Plan.of(Recipe(epochs=epochs, steps=steps), 10)
+    found = plan.validated(samples, val, most=most)
+    assert sorted(found) == expected
+    assert max(found) == plan.epochs
 
 
 def test_validation_does_not_disturb_training(chain: Path) -> None:
@@ -222,118 +260,119 @@ def test_validation_does_not_disturb_training(chain: Path) -> None:
     assert equal(weights_of(plain), weights_of(disturbed))
 
 
-@pytest.mark.parametrize("lr", [1e30, math.inf])
+# --- the parts of a recipe
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", [1, 0.75, 0.5, 0.25]), ("constant", [1, 1, 1, 1])])
+def test_other_schedules_by_hand(schedule: str, expected: list[float]) -> None:
+    recipe = Recipe(epochs=2, lr=0.4, schedule=schedule)
+    plan = Plan.of(recipe, 4)
+    assert [plan.lr_at(n, recipe) / 0.4 for n in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1, *expected])
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_warm_up_is_as_long_as_asked(warmup: int) -> None:
+    recipe = Recipe(epochs=10, lr=1.0, warmup_epochs=warmup)
+    plan = Plan.of(recipe, 5)
+    assert next(n for n in range(50) if plan.lr_at(n, recipe) == 1.0) == max(0, 5 * warmup - 1)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown schedule 'cosin'; did you mean 'cosine'"):
+        Plan.of(Recipe(schedule="cosin"), 5)
+
+
+def test_gradients_are_clipped_by_their_common_norm(chain: Path) -> None:
+    """One step of plain SGD from the same weights: the update is that of the clipped gradient."""
+    moved = {}
+    for clip in (None, 0.01, 1e6):
+        one = training(chain, Recipe(steps=1, batch=54, lr=1.0, momentum=0.0, weight_decay=0.0, clip=clip))
+        before = {k: v.detach().clone() for k, v in one.model.named_parameters()}
+        one.run(cross_entropy, Hooks())
+        moved[clip] = {k: before[k] - v.detach() for k, v in one.model.named_parameters()}
+    norm = math.sqrt(sum(float(v.double().square().sum()) for v in moved[None].values()))
+    clipped = math.sqrt(sum(float(v.double().square().sum()) for v in moved[0.01].values()))
+    assert norm > 0.01
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+    assert all(torch.allclose(moved[0.01][k], v * (0.01 / norm), atol=1e-6) for k, v in moved[None].items())
+    assert all(torch.equal(moved[1e6][k], v) for k, v in moved[None].items())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_momentum_is_what_was_asked(chain: Path, momentum: float) -> None:
+    one = training(chain, Recipe(steps=2, batch=54, momentum=momentum))
+    one.run(cross_entropy, Hooks())
+    assert {g["momentum"] for g in one._optimizer.param_groups} == {momentum}
+    assert any(k.startswith("momentum/") for k in one.state()) == (momentum > 0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_the_average_is_of_weights_and_buffers(chain: Path, decay: float) -> None:
+    """Against the recursion, which begins with the weights after the first step."""
+    one = training(chain, Recipe(steps=6, batch=54, lr=0.05, ema=decay))
+    expected: dict[str, Tensor] = {}
+    for _ in one.steps(cross_entropy, Hooks()):
+        now = {k: v.detach().double().clone() for k, v in one.model.state_dict().items() if v.is_floating_point()}
+        expected = {k: decay * expected[k] + (1 - decay) * v if expected else v for k, v in now.items()}
+    found = weights(one.learned)
+    assert any("running_var" in k for k in expected)
+    assert all(torch.allclose(found[k].double(), v, atol=1e-5) for k, v in expected.items())
+    assert equal(found, weights(one.model)) == (decay == 0)
+
+
+def test_without_an_average_the_network_itself_is_learned(chain: Path) -> None:
+    one = training(chain, Recipe(steps=1, batch=54))
+    assert one.learned is one.model
+
+
+@pytest.mark.long
+def test_a_compiled_network_learns_the_same(chain: Path) -> None:
+    """Within rounding, and under the same names."""
+    plain, compiled = (training(chain, Recipe(epochs=2, batch=50, lr=0.01, compile=asked)) for asked in (False, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler has things to say about itself
+        for one in (plain, compiled):
+            one.run(cross_entropy, Hooks())
+    a, b = weights(plain.learned), weights(compiled.learned)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k].double(), b[k].double(), atol=1e-3) for k in a)
+
+
+# --- divergence
+
+
+@pytest.mark.parametrize("lr", [1e6, 1e30, math.inf])
 def test_a_loss_that_is_no_number_is_refused(chain: Path, lr: float) -> None:
     one = training(chain, Recipe(epochs=3, batch=16, lr=lr))
     epochs: list[int] = []
-    with pytest.raises(KdpruneError, match=r"the loss is not a number any more in epoch 1: lower --lr \(it is (1e\+30|inf)\)"):
+    with pytest.raises(
+        KdpruneError, match=r"training has diverged: after step \d+ \(epoch [123], learning rate .*lower --lr \(it is (1e\+06|1e\+30|inf)"
+    ):
         one.run(cross_entropy, Hooks(after_epoch=lambda epoch, _: epochs.append(epoch)))
-    assert epochs == []
+    assert one.diverged
+    assert len(epochs) < 3
 
 
 def test_weights_that_the_last_update_broke_are_refused(chain: Path) -> None:
     """The loss, taken before each update, does not know of it."""
     one = training(chain, Recipe(steps=1, batch=16, lr=1e38), "dropout")
-    with pytest.raises(KdpruneError, match="the loss is not a number any more in epoch 1"):
+    with pytest.raises(KdpruneError, match="training has diverged: after step 1 "):
         one.run(lambda z, batch: cross_entropy(z, batch) * 1e3, Hooks())
 
 
-# --- interruption
+@pytest.mark.parametrize("broken", [1, 30, 50, 51, 99])
+def test_it_is_seen_within_fifty_steps(chain: Path, broken: int) -> None:
+    """And not only when the epoch is over, which has 108 here."""
+    one = training(chain, Recipe(epochs=1, batch=1), "dropout")
+    done = 0
 
+    def loss_of(z: Tensor, batch: Batch) -> Tensor:
+        nonlocal done
+        done += 1
+        return cross_entropy(z, batch) * (math.nan if done == broken else 1.0)
 
-@pytest.mark.parametrize("model", ["resnet8", "dropout"])
-@pytest.mark.parametrize("stop", [1, 2, 3])
-@pytest.mark.parametrize("steps", [None, 17])
-def test_an_interrupted_training_ends_with_the_same_weights(
-    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, stop: int, steps: int | None
-) -> None:
-    """Stopped in the hook after an epoch, or in the middle of one; continued by another object, in another place of torch's generator."""
-    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)  # after every epoch, however short
-    recipe = Recipe(epochs=4, steps=steps, batch=27 if steps is None else 16, lr=0.05)
-    whole = training(chain, recipe, model)
-    whole.run(cross_entropy, Hooks(validate=lambda: (0.0, 0.0)))
-
-    def stop_here(epoch: int, _: Mapping[str, Any]) -> None:
-        if epoch == stop:
-            raise KeyboardInterrupt
-
-    checkpoint = Checkpoint(tmp_path / "last.ckpt")
-    first = training(chain, recipe, model)
-    with pytest.raises(KeyboardInterrupt):
-        first.run(cross_entropy, Hooks(validate=lambda: (0.0, 0.0), after_epoch=stop_here), checkpoint)
-    assert len(list(checkpoint.folder.glob("*"))) == (2 if stop > 1 else 0)
-    torch.rand(17)
-    second = training(chain, recipe, model)
-    epochs: list[int] = []
-    hooks = Hooks(validate=lambda: (0.0, 0.0), after_epoch=lambda epoch, _: epochs.append(epoch))
-    second.run(cross_entropy, hooks, checkpoint)
-    assert epochs == list(range(stop, whole.plan.epochs + 1))
-    assert second.metrics == whole.metrics
-    assert equal(second.state(), whole.state())
-
-
-def test_stopping_again_and_again(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
-    recipe = Recipe(epochs=4, batch=27, lr=0.05)
-    whole = training(chain, recipe, "dropout")
-    whole.run(cross_entropy, Hooks())
-    checkpoint = Checkpoint(tmp_path / "last.ckpt")
-    seen = 0
-    for _ in range(20):
-        one = training(chain, recipe, "dropout")
-        left = 6  # batches until the next stop: an epoch has 4
-
-        def observe(*_: object) -> None:
-            nonlocal left, seen
-            seen += 1
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-
-        try:
-            one.run(cross_entropy, Hooks(observe=observe), checkpoint)
-            break
-        except KeyboardInterrupt:
-            continue
-    assert seen > 16
-    assert equal(one.state(), whole.state())
-
-
-def test_a_finished_checkpoint_has_nothing_left_to_do(chain: Path, tmp_path: Path) -> None:
-    one = training(chain, Recipe(epochs=1, batch=54), "dropout")
-    checkpoint = Checkpoint(tmp_path / "last.ckpt")
-    one.run(cross_entropy, Hooks(), checkpoint)
-    checkpoint.save(one)
-    again = training(chain, Recipe(epochs=1, batch=54), "dropout")
-    again.run(lambda *_: pytest.fail("it trained"), Hooks(), checkpoint)
-    assert equal(again.state(), one.state())
-
-
-def test_a_checkpoint_names_its_newest_file_and_keeps_no_other(chain: Path, tmp_path: Path) -> None:
-    one = training(chain, Recipe(epochs=3, batch=54), "dropout")
-    checkpoint = Checkpoint(tmp_path / "last.ckpt")
-    for epoch in (1, 2):
-        one.epoch = epoch
-        checkpoint.save(one)
-    assert sorted(p.name for p in checkpoint.folder.iterdir()) == ["state-000002.safetensors", "state.json"]
-    assert json.loads((checkpoint.folder / "state.json").read_text())["file"] == "state-000002.safetensors"
-
-
-@pytest.mark.parametrize("spoil", ["no file", "truncated", "not json", "other keys"])
-def test_a_broken_checkpoint_says_how_to_go_on(chain: Path, tmp_path: Path, spoil: str) -> None:
-    one = training(chain, Recipe(epochs=2, batch=54), "dropout")
-    checkpoint = Checkpoint(tmp_path / "last.ckpt")
-    one.epoch = 1
-    checkpoint.save(one)
-    state, note = checkpoint.folder / "state-000001.safetensors", checkpoint.folder / "state.json"
-    if spoil == "no file":
-        state.unlink()
-    elif spoil == "truncated":
-        state.write_bytes(state.read_bytes()[:100])
-    else:
-        note.write_text("{" if spoil == "not json" else "{}")
-    with pytest.raises(FormatError, match=r"state\.json cannot be read \(\w+\): start again with --overwrite"):
-        checkpoint.load(training(chain, Recipe(epochs=2, batch=54), "dropout"))
+    with pytest.raises(KdpruneError, match=f"after step {math.ceil(broken / 50) * 50} "):
+        one.run(loss_of, Hooks())
 
 
 # --- dynamics
@@ -368,6 +407,21 @@ def test_the_recorder_shows_what_was_not_seen() -> None:
     recorder.observe(batch_of([1], [1]), torch.zeros(1, 2))
     found = recorder.take(np.arange(3))
     assert np.isnan(found["loss"]).tolist() == [True, False, True]
+
+
+def test_the_recorder_goes_on_from_a_state() -> None:
+    whole, first, second = (Recorder(4) for _ in range(3))
+    halves = [
+        (batch_of([2, 0], [1, 0]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])),
+        (batch_of([1, 3], [0, 1]), torch.tensor([[0.5, 1.0], [3.0, 1.0]])),
+    ]
+    for half in halves:
+        whole.observe(*half)
+    first.observe(*halves[0])
+    second.restore({k: v.clone() for k, v in first.state().items()})
+    second.observe(*halves[1])
+    a, b = (one.take(np.arange(4)) for one in (whole, second))
+    assert all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def test_the_recorder_takes_one_class() -> None:

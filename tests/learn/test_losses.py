@@ -113,3 +113,14 @@ def test_auto_alpha_never_falls_as_less_is_kept() -> None:
     alphas = [auto_alpha(n / 1000) for n in range(1, 1001)]
     assert alphas == sorted(alphas, reverse=True)
     assert set(alphas) <= {a for a in alphas if 0.5 <= a <= 0.9}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_smoothing_is_of_the_label_alone(alpha: float) -> None:
+    """Against the definition: a share of the label spread evenly over all classes."""
+    torch.manual_seed(0)
+    z, t, labels = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    soft = 0.8 * F.one_hot(labels, 4) + 0.2 / 4
+    hard = -(soft * z.log_softmax(1)).sum(1).mean()
+    expected = (1 - alpha) * hard + alpha * 9 * kl(z, t, 3.0)
+    assert torch.allclose(distillation(z, t, labels, alpha=alpha, temperature=3.0, smoothing=0.2), expected, atol=1e-6)

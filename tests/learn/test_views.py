@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from kdprune_data import order
-from kdprune_data.errors import FormatError
-from kdprune_data.learn import views
-from kdprune_data.learn.views import Geometry, Normalisation, Policy
+from kdprune_data.errors import FormatError, UsageError
+from kdprune_data.learn import resize, views
+from kdprune_data.learn.views import Crops, Geometry, Normalisation, Policy
 
 MASK = 2**64 - 1
 IDS = [*(f"{n:08d}" for n in range(40)), "a", "class/x_y", "é", ""]
@@ -263,6 +264,32 @@ def test_the_sides_of_evaluation_are_those_everybody_uses() -> None:
     assert (found[:, 112:] == 255).all()
 
 
+@pytest.mark.parametrize("shape", [(20, 400), (400, 20), (3, 900), (900, 3), (300, 3001), (3001, 300), (64, 513), (1, 70), (70, 1)])
+@pytest.mark.parametrize("size", [8, 64])
+def test_long_images_are_evaluated_as_if_resized_whole(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], size: int) -> None:
+    """Equal but for sums that round otherwise: at most one pixel in ten thousand, by one grey level."""
+    image = noise(*shape, seed=sum(shape))
+    found = views.evaluation([image], size)
+    monkeypatch.setattr(resize, "LONG", 10**9)
+    whole = views.evaluation([image], size)
+    differs = (found.int() - whole.int()).abs()
+    assert differs.max() <= 1
+    assert (differs > 0).float().mean() <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2, 2_000_000), (2_000_000, 2)])
+def test_a_very_long_image_takes_no_gigabytes(shape: tuple[int, int]) -> None:
+    """Resized whole it would be 256 by 256 million pixels. Its ends do not matter, its middle does."""
+    image = np.zeros((*shape, 3), np.uint8)
+    image[10:-10, :] = 100
+    image[:, 10:-10] = 100
+    found = views.evaluation([image], 224)
+    assert (found == 100).all()
+    middle = [slice(n // 2 - 1, n // 2 + 1) for n in shape]
+    image[middle[0], middle[1]] = 200
+    assert views.evaluation([image], 224).max() == 200
+
+
 # --- policies
 
 
@@ -299,6 +326,45 @@ def test_digits_are_never_mirrored(classes: list[str], expected: bool) -> None:
 def test_the_policy_of_a_data_set(shapes: list[tuple[int, int]], size: int | None, kind: str, side: int, pad: int) -> None:
     found = views.policy_for(np.array(shapes, np.int32), ["a", "b"], size=size, flip="auto", seed=3)
     assert (found.kind, found.size, found.pad, found.flip, found.seed) == (kind, side, pad, True, 3)
+
+
+@pytest.mark.parametrize(
+    ("crops", "kind", "values"),
+    [
+        (Crops(), "pad-crop", {"pad": 1}),
+        (Crops(pad=0), "pad-crop", {"pad": 0}),
+        (Crops(pad=7), "pad-crop", {"pad": 7}),
+        (Crops(scale=(0.08, 1.0)), "resized-crop", {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3)}),
+        (Crops(ratio=(1.0, 1.0)), "resized-crop", {"scale": (0.25, 1.0), "ratio": (1.0, 1.0)}),
+    ],
+)
+def test_crops_that_are_asked_for(crops: Crops, kind: str, values: dict[str, object]) -> None:
+    found = views.policy_for(np.array([(8, 8)] * 2, np.int32), ["a"], size=None, flip="auto", seed=0, crops=crops)
+    assert (found.kind, {key: getattr(found, key) for key in values}) == (kind, values)
+    boxes = views.geometry(found, np.arange(50, dtype=np.uint64), np.full((50, 2), 8, np.int32), 0)
+    if kind == "pad-crop":
+        assert max(abs(int(boxes.top.min())), int(boxes.top.max())) == found.pad
+
+
+@pytest.mark.parametrize(
+    ("pad", "scale", "ratio", "message"),
+    [
+        (8, (), (), "--pad 8 is too large for views of 8 pixels: at most 7"),
+        (1, (0.5, 1.0), (), "--scale and --ratio ask for resized crops"),
+        (None, (0.5,), (), "--scale 0.5 is no range"),
+        (None, (0.0, 1.0), (), "--scale 0 1 is no range: give LOW HIGH, both above 0 and at most 1, LOW first"),
+        (None, (0.5, 1.1), (), "--scale 0.5 1.1 is no range"),
+        (None, (), (2.0, 1.0), "--ratio 2 1 is no range: give LOW HIGH, both above 0, LOW first"),
+    ],
+)
+def test_crops_that_cannot_be(pad: int | None, scale: tuple[float, ...], ratio: tuple[float, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        views.policy_for(np.array([(8, 8)], np.int32), ["a"], size=None, flip="auto", seed=0, crops=Crops.of(pad, scale, ratio))
+
+
+def test_a_pad_where_images_are_resized_is_refused() -> None:
+    with pytest.raises(UsageError, match="not all images are squares of 224 pixels: leave it out"):
+        views.policy_for(np.array([(80, 90)], np.int32), ["a"], size=None, flip="auto", seed=0, crops=Crops(pad=1))
 
 
 @pytest.mark.parametrize(("flip", "classes", "expected"), [("auto", "01", False), ("on", "01", True), ("off", "ab", False)])

@@ -219,6 +219,80 @@ def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Digests)
     assert digests(chain_copy) == before
 
 
+@pytest.mark.parametrize(("more", "recipe"), [([], {}), (["--ema", "0.8", "--momentum", "0"], {"ema": 0.8, "momentum": 0.0})])
+def test_a_killed_student_ends_with_the_same_bytes(
+    chain_copy: Path, started: Cli, kdprune: Cli, digests: Digests, more: list[str], recipe: dict[str, float]
+) -> None:
+    """SIGKILL after the sixth of 16 steps, in the middle of an epoch of four."""
+    line = ["distill", "--model", "resnet8", "--epochs", "4", "--batch", "16", *more, "--name"]
+    kill = (
+        "import os, signal\nfrom kdprune_data.learn import loop\nfrom kdprune_data.learn.checkpoint import Checkpoint\n"
+        "loop.SAVE_EVERY, loop.SAVE_SHARE, save = 0.0, 0.0, Checkpoint.save\n"
+        "Checkpoint.save = lambda *a: (save(*a), a[1].step == 6 and os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    running = started(*line, "killed", cwd=chain_copy, first=kill)
+    _, err = running.communicate()
+    assert running.returncode == -9, err
+    ran = kdprune(*line, "killed", cwd=chain_copy)
+    assert (ran.code, "continuing after step 6 of 16" in ran.err) == (0, True), ran.err
+    assert kdprune(*line, "undisturbed", cwd=chain_copy).code == 0
+    assert digests(chain_copy / "students/killed") == digests(chain_copy / "students/undisturbed")
+    manifest = Manifest.load(chain_copy / "students/killed")
+    assert {key: manifest.config["recipe"][key] for key in recipe} == recipe
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(2, 1), (9, 3), (124, 30)])
+def test_a_student_is_not_validated_more_than_trained(chain_copy: Path, kdprune: Cli, steps: int, rows: int) -> None:
+    """2 steps of 16 (of 54 samples in 4) are 27 samples trained on, and val has 12; never more than 30 times."""
+    ran = kdprune("distill", "--model", "resnet8", "--steps", steps, "--batch", 16, "--name", "few", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    found = [json.loads(line) for line in (chain_copy / "students/few/metrics.jsonl").read_text().splitlines()]
+    assert len(found) == min(rows, -(-steps // 4))
+    assert found[-1]["steps"] == steps
+    assert all(row["val_loss"] is not None for row in found)
+
+
+def test_a_student_of_other_weights_and_labels(chain_copy: Path, kdprune: Cli) -> None:
+    """`--init` and `--label-smoothing` each make another student; so does a crop that is asked for."""
+    made = {}
+    for name, more in {
+        "plain": ["--alpha", "0.5"],
+        "smooth": ["--alpha", "0.5", "--label-smoothing", "0.2"],
+        "started": ["--alpha", "0.5", "--init", TEACHER],
+        "cropped": ["--logits", "none", "--pad", "3"],
+        "resized": ["--logits", "none", "--scale", "0.3", "0.9"],
+    }.items():
+        ran = kdprune("distill", *SHORT, *more, "--name", name, cwd=chain_copy)
+        assert ran.code == 0, ran.err
+        made[name] = weights(chain_copy / "students" / name)
+        config = Manifest.load(chain_copy / "students" / name).config
+        assert (config["init"] is not None, config["recipe"]["label_smoothing"] > 0) == (name == "started", name == "smooth")
+        pad = {"plain": 1, "smooth": 1, "started": 1, "cropped": 3}.get(name)
+        assert config["policy"].get("pad") == pad
+    names = list(made)
+    assert not any(equal(made[a], made[b]) for n, a in enumerate(names) for b in names[:n])
+
+
+@pytest.mark.parametrize("more", [[], ["--logits", "none"], ["--keep-epochs", 1]])
+def test_a_dry_run_touches_nothing(chain_copy: Path, kdprune: Cli, more: list[Any]) -> None:
+    def tree() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in [chain_copy, *chain_copy.rglob("*")]}
+
+    before = tree()
+    line = ["distill", *SHORT, *more, "--name", "dry"]
+    ran = kdprune(*line, "--dry-run", "--json", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    assert tree() == before
+    found = json.loads(ran.out)
+    assert kdprune(*line, cwd=chain_copy).code == 0
+    manifest = Manifest.load(chain_copy / "students/dry")
+    counts = manifest.counts
+    assert found["counts"] == {"sample": 54, "epoch": counts["epochs"], "step": 8, "parameter": counts["parameters"]}
+    assert found["bytes"] == pytest.approx(sum(f.bytes for f in manifest.files), rel=0.1)
+    text = kdprune("distill", *SHORT, *more, "--name", "again", "--dry-run", cwd=chain_copy).out
+    assert "students/again would be made: 54 samples, 2 epochs, 8 steps, 75,290 parameters; about" in text
+
+
 # --- refusals
 
 
@@ -243,7 +317,10 @@ def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Digests)
         (["--logits", "scores/resnet8-s0"], 2, "expected logits"),
         (["--logits", "nowhere"], 2, "nowhere does not exist"),
         (["--keep-epochs", "99"], 2, "--keep-epochs 99 is after the end"),
-        (["--lr", "1e30"], 1, "the loss is not a number any more"),
+        (["--lr", "1e30"], 1, "training has diverged: after step"),
+        (["--pad", "2"], 1, "another policy (pad is 1, asked 2)"),
+        (["--scale", "0.5", "1"], 1, "another policy (kernel is none, asked bilinear"),
+        (["--init", "nowhere"], 2, "--init nowhere does not exist"),
     ],
 )
 def test_refusals(chain_copy: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:
@@ -258,7 +335,9 @@ def test_refusals(chain_copy: Path, kdprune: Cli, change: list[str], code: int, 
     assert code == 1 or not (chain_copy / "students/refused").exists()
 
 
-@pytest.mark.parametrize("asked", [["--flip", "off"], ["--size", "8"], ["--view-seed", "0"], ["--teacher", "teachers/resnet8-s0"]])
+@pytest.mark.parametrize(
+    "asked", [["--flip", "off"], ["--size", "8"], ["--pad", "1"], ["--view-seed", "0"], ["--teacher", "teachers/resnet8-s0"]]
+)
 def test_asking_for_what_there_is(chain_copy: Path, kdprune: Cli, asked: list[str]) -> None:
     ran = kdprune("distill", *SHORT, "--name", "asked", *asked, cwd=chain_copy)
     assert ran.code == 0, ran.err
@@ -474,7 +553,7 @@ def test_rows_of_another_order_are_refused(chain_copy: Path, kdprune: Cli) -> No
     resealed(chain_copy / CACHE)
     ran = kdprune("distill", *SHORT, "--name", "turned", cwd=chain_copy)
     assert ran.code == 1
-    assert "is of another rows than its cache says" in ran.err
+    assert "was made for other samples than the rows beside it" in ran.err
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,18 @@ def test_against_a_direct_computation(chain: Path, kdprune: Cli, model: str, spl
     assert set(found["per_class"]) == set(data.classes)
     assert found["worst_class_accuracy"] == pytest.approx(min(per_class.values()))
     assert found["worst_class"] == min(per_class, key=lambda name: per_class[name])
+    among = (z.topk(5).indices == labels[:, None]).any(1).double().mean()
+    assert found["top5_accuracy"] == pytest.approx(float(among))
+    assert (found["weights"], found["epoch"], found["ema"]) == ("model.safetensors", 3 if model == TEACHER else 4, None)
+    assert found["digest"] == Manifest.load(chain / model).digest
     assert (found["model"], found["content"]) == (model, Manifest.load(chain / "data" / split).content)
 
 
 def test_the_text_says_the_same(chain: Path, kdprune: Cli) -> None:
     found = json.loads(kdprune("evaluate", TEACHER, "--json", cwd=chain).out)
     text = kdprune("evaluate", TEACHER, cwd=chain).out
-    assert f"{TEACHER} on data/test (50 samples): accuracy {found['accuracy']:.2%}" in text
+    assert f"{TEACHER} on data/test (50 samples): accuracy {found['accuracy']:.2%}, top-5 {found['top5_accuracy']:.2%}, worst" in text
+    assert "weights: model.safetensors (after epoch 3)" in text
     assert f"worst class {found['worst_class']} {found['worst_class_accuracy']:.2%}" in text
     for name, share in found["per_class"].items():
         assert f"  {name}  {share:7.2%}" in text
@@ -75,6 +80,7 @@ def test_rows_are_said_to_be_cut_only_when_they_are(tmp_path: Path, kdprune: Cli
     assert kdprune("teacher", "--model", "resnet8", "--steps", "1", "--name", "t", cwd=tmp_path).code == 0
     ran = kdprune("evaluate", "teachers/t", cwd=tmp_path)
     assert ran.code == 0, ran.err
+    assert "top-5" in ran.out
     assert sum(line.startswith("  class-") for line in ran.out.splitlines()) == min(classes, 20)
     assert (f"(the 20 lowest of {classes}; all with --json)" in ran.out) is cut
     assert ("lowest of" in ran.out) is cut
@@ -84,6 +90,19 @@ def test_rows_are_said_to_be_cut_only_when_they_are(tmp_path: Path, kdprune: Cli
 def small(few_digits: Path) -> Path:
     """One real digit."""
     return next((few_digits / "train" / "0").glob("*.png"))
+
+
+def test_the_weights_of_an_epoch(chain: Path, kdprune: Cli) -> None:
+    """Those kept: the first here is another network than the last."""
+    found = {n: json.loads(kdprune("evaluate", TEACHER, *(["--epoch", n] if n else []), "--json", cwd=chain).out) for n in (None, 1, 3)}
+    assert [found[n]["weights"] for n in found] == ["model.safetensors", "epoch-001.safetensors", "epoch-003.safetensors"]
+    assert found[None]["loss"] == found[3]["loss"] != found[1]["loss"]
+    assert "weights: epoch-001.safetensors (after epoch 1)" in kdprune("evaluate", TEACHER, "--epoch", 1, cwd=chain).out
+
+
+def test_a_subset_is_data(chain: Path, kdprune: Cli) -> None:
+    ran = kdprune("evaluate", STUDENT, "--data", "subsets/random-0.5-s0", "--json", cwd=chain)
+    assert (ran.code, json.loads(ran.out)["samples"]) == (0, 54)
 
 
 def test_it_writes_nothing(chain_copy: Path, kdprune: Cli, digests: Callable[[Path], dict[str, str]]) -> None:
@@ -127,6 +146,8 @@ def test_nothing_labelled_is_refused(chain: Path, tmp_path: Path, kdprune: Cli, 
         (["data/test"], 2, "is of kind dataset: expected model"),
         ([TEACHER, "--data", "nowhere"], 2, "nowhere does not exist: expected a finished dataset or subset"),
         ([TEACHER, "--data", TEACHER], 2, "is of kind model: expected dataset or subset"),
+        ([TEACHER, "--epoch", "2"], 2, "--epoch 2 was not kept in teachers/resnet8-s0 (kept: 1, 3): give one of these"),
+        ([STUDENT, "--epoch", "1"], 2, "(kept: none)"),
         ([TEACHER, "--batch", "0"], 2, "--batch 0 is too small: at least 1"),
     ],
 )

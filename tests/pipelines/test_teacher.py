@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from kdprune_data import order
 from kdprune_data.errors import UsageError
 from kdprune_data.formats import dynamics
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.manifest import Manifest, sha256_file
 from kdprune_data.learn import models, views
 from kdprune_data.learn.stream import DrawnViews, Feed, Images, normalisation_of
 from kdprune_data.learn.views import Policy
@@ -236,7 +235,7 @@ def test_validation_data_of_other_classes_is_refused(workspace: Path, kdprune: C
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        (["--lr", "1e30"], 1, "the loss is not a number any more in epoch 1: lower --lr"),
+        (["--lr", "1e6"], 1, "training has diverged: after step"),
         (["--lr", "nan"], 2, "--lr"),
         (["--lr", "inf"], 2, "--lr"),
         (["--weight-decay", "nan"], 2, "--weight-decay"),
@@ -258,28 +257,88 @@ def test_refusals(workspace: Path, kdprune: Cli, change: list[str], code: int, s
 # --- killed
 
 
-def test_a_killed_training_ends_with_the_same_bytes(workspace: Path, started: Cli, digests: Callable[[Path], dict[str, str]]) -> None:
-    """SIGKILL in the middle; the same command goes on from the checkpoint; both in processes of their own."""
-    line = ["teacher", "--model", "resnet8", "--epochs", "20", "--batch", "16"]
-    often = "import kdprune_data.learn.loop; kdprune_data.learn.loop.SAVE_EVERY = -1.0"
-    running = started(*line, cwd=workspace, first=often)
-    folder = workspace / TEACHER
-    while not (folder / ".partial/last.ckpt/state-000003.safetensors").exists():
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL
+OFTEN = "import os, signal\nfrom kdprune_data.learn import checkpoint, loop\nloop.SAVE_EVERY, loop.SAVE_SHARE = 0.0, 0.0\n"
+"""Python that makes a process save its state after every step."""
+AFTER = """
+from kdprune_data.learn.checkpoint import Checkpoint
+saves, save = 0, Checkpoint.save
+def counted(*arguments):
+    global saves
+    save(*arguments)
+    saves += 1
+    if saves == {n}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Checkpoint.save = counted
+"""
+"""Python that kills its process after the n-th of them."""
+WHILE = """
+save = checkpoint.save_file
+def torn(tensors, path):
+    save(tensors, path)
+    if path.name == ".state-{n:09d}.safetensors.tmp":
+        os.truncate(path, 5000)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = torn
+"""
+"""Python that kills its process in the middle of writing the state after step n."""
+DROPPING = """\
+from torch import nn
+def net(classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(288, classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kill", "step", "more"),
+    [
+        (AFTER.format(n=10), 10, ["--model", "dropping:net"]),
+        (WHILE.format(n=12), 11, ["--model", "dropping:net", "--ema", "0.8", "--keep-epochs", "1"]),
+    ],
+    ids=["dropout", "torn"],
+)
+def test_a_killed_training_ends_with_the_same_bytes(
+    workspace: Path, started: Cli, kdprune: Cli, digests: Callable[[Path], dict[str, str]], kill: str, step: int, more: list[str]
+) -> None:
+    """SIGKILL in the middle of the second of three epochs of seven steps, or of a checkpoint; the same command goes on from there."""
+    (workspace / "dropping.py").write_text(DROPPING)
+    line = ["teacher", "--epochs", "3", "--batch", "16", "--lr", "0.01", *more, "--name"]
+    running = started(*line, "t", cwd=workspace, first=OFTEN + kill)
+    _, err = running.communicate()
+    assert running.returncode == -signal.SIGKILL, err
+    folder = workspace / "teachers/t"
+    assert (folder / f".partial/last.ckpt/state-{step:09d}.safetensors").exists()
     assert not (folder / "manifest.json").exists()
     first = (folder / dynamics.path_of(1)).stat().st_mtime_ns
-    again = f"{often}\nfrom kdprune_cli.main import call\nassert call({[*line, '--out', 'undisturbed']}) == 0"
-    continued = started(*line, cwd=workspace, first=again)
-    _, err = continued.communicate()
-    assert continued.returncode == 0, err
+    ran = kdprune(*line, "t", cwd=workspace)
+    assert (ran.code, f"continuing after step {step} of 21" in ran.err) == (0, True), ran.err
+    assert kdprune(*line, "undisturbed", cwd=workspace).code == 0
     assert (folder / dynamics.path_of(1)).stat().st_mtime_ns == first  # it went on, and did not begin again
-    assert digests(folder) == digests(workspace / "undisturbed")
-    assert Manifest.load(folder).digest == Manifest.load(workspace / "undisturbed").digest
+    assert digests(folder) == digests(workspace / "teachers/undisturbed")
+    assert {"model.safetensors", "metrics.jsonl", dynamics.path_of(2)} < digests(folder).keys()
+    assert Manifest.load(folder).digest == Manifest.load(workspace / "teachers/undisturbed").digest
     assert not (folder / ".partial").exists()
+
+
+@pytest.mark.parametrize("spoil", ["torn", "foreign"])
+def test_a_state_that_is_not_its_own_is_refused(workspace: Path, started: Cli, kdprune: Cli, spoil: str) -> None:
+    """And nothing is made of it; without it the training begins again."""
+    running = started(*LINE, cwd=workspace, first=OFTEN + AFTER.format(n=9))
+    running.communicate()
+    last = workspace / TEACHER / ".partial/last.ckpt"
+    state = next(last.glob("state-*"))
+    if spoil == "torn":
+        state.write_bytes(state.read_bytes()[:-1])
+    else:
+        note = json.loads((last / "state.json").read_text())
+        (last / "state.json").write_text(json.dumps({**note, "run": "0" * 64}))
+    before = sorted(p.name for p in last.iterdir())
+    ran = kdprune(*LINE, cwd=workspace)
+    said = {"torn": "is damaged: its bytes are not those that were written", "foreign": "is of a training with other settings"}[spoil]
+    assert (ran.code, said in ran.err, "delete that folder to train from the beginning" in ran.err) == (1, True, True), ran.err
+    assert (sorted(p.name for p in last.iterdir()), (workspace / TEACHER / "manifest.json").exists()) == (before, False)
+    shutil.rmtree(last)
+    assert kdprune(*LINE, cwd=workspace).code == 0
+    assert kdprune("verify", TEACHER, cwd=workspace).code == 0
 
 
 @pytest.mark.parametrize("moment", ["sealing", "clearing"])
@@ -291,10 +350,8 @@ def test_killed_at_the_very_end(
         "sealing": "Build.seal = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)",
         "clearing": "shutil.rmtree = lambda p, **k: [(f.unlink(), os.kill(os.getpid(), signal.SIGKILL)) for f in p.rglob('state.json')]",
     }[moment]
-    first = (
-        "import os, shutil, signal, kdprune_data.learn.loop as loop\nfrom kdprune_data.formats.build import Build\nloop.SAVE_EVERY = -1.0"
-    )
-    running = started(*LINE, cwd=workspace, first=f"{first}\n{kill}")
+    first = f"{OFTEN}import shutil\nfrom kdprune_data.formats.build import Build\n{kill}"
+    running = started(*LINE, cwd=workspace, first=first)
     running.communicate()
     assert running.returncode == -signal.SIGKILL
     assert (workspace / TEACHER / "manifest.json").exists() == (moment == "clearing")
@@ -321,6 +378,230 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(workspace: Path, kdprun
     noted.write_text(json.dumps(begun))
     ran = kdprune(*LINE, cwd=workspace)
     assert (ran.code, "precision is bf16, now float32" in ran.err) == (2, True)
+
+
+# --- divergence
+
+
+def test_a_training_that_diverges(workspace: Path, kdprune: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says where, keeps the last good state, is no result to anybody, and leaves the way open."""
+    from kdprune_data.learn import loop
+
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 1e9)  # one state, after the first step
+    wild = ["teacher", "--model", "resnet8", "--epochs", 4, "--batch", 16, "--warmup-epochs", 2, "--lr", "1e6"]
+    last = TEACHER / ".partial/last.ckpt"
+    said = set()
+    for _ in range(2):
+        ran = kdprune(*wild, cwd=workspace)
+        monkeypatch.undo()
+        assert ran.code == 1
+        error = ran.err.splitlines()[-1]
+        assert "error: training has diverged: after step" in error
+        assert "lower --lr (it is 1e+06), or give --clip 1; the last finite state is kept: --init" in error
+        assert f"{last} with another --name starts from it" in error
+        said.add(error)
+        assert not (workspace / TEACHER / "manifest.json").exists()
+        state = load_file(next((workspace / last).glob("state-*")))
+        assert all(bool(torch.isfinite(v).all()) for k, v in state.items() if not k.startswith("partial/"))
+    assert len(said) == 1
+    assert "no fitting teacher" in kdprune("score", cwd=workspace).err
+    ran = kdprune("evaluate", TEACHER, cwd=workspace)
+    assert (ran.code, "is unfinished" in ran.err) == (2, True)
+    ran = kdprune(*LINE, "--init", last, cwd=workspace)  # into the very folder
+    assert (ran.code, "which is to be written: give another --name" in ran.err) == (2, True)
+    ran = kdprune(*LINE, "--init", TEACHER, "--name", "tame", cwd=workspace)
+    assert (ran.code, f"give {last} to start from its last state" in ran.err) == (2, True)
+    for start in (last, next((workspace / last).glob("state-*"))):
+        ran = kdprune(*LINE, "--init", start, "--lr", 0, "--name", "tame", cwd=workspace)
+        assert ran.code == 0, ran.err
+    ran = kdprune(*LINE, "--overwrite", cwd=workspace)
+    assert (ran.code, (workspace / TEACHER / "manifest.json").exists()) == (0, True), ran.err
+    # A finished model that a wild one was to replace comes back.
+    ran = kdprune(*wild, "--overwrite", cwd=workspace)
+    assert (ran.code, f"{TEACHER} is left as it was" in ran.err) == (1, True), ran.err
+    assert kdprune("verify", TEACHER, cwd=workspace).code == 0
+
+
+# --- first weights
+
+
+def test_init_starts_from_given_weights(chain: Path, workspace: Path, kdprune: Cli) -> None:
+    """As good as untrained: with a learning rate of nothing the weights are the given ones."""
+    given = some_weights(chain, workspace / "given.pth")
+    still = ["teacher", "--model", "resnet8", "--steps", 1, "--batch", 16, "--lr", 0]
+    for n, start in enumerate(("given.pth", chain / TEACHER, chain / TEACHER / "model.safetensors")):
+        ran = kdprune(*still, "--init", start, "--name", f"t{n}", cwd=workspace)
+        assert ran.code == 0, ran.err
+        made = load_file(workspace / f"teachers/t{n}/model.safetensors")
+        assert all(torch.equal(made[k], v) for k, v in given.items() if "running" not in k and "tracked" not in k)
+        file = start if Path(start).suffix else chain / TEACHER / "model.safetensors"
+        assert Manifest.load(workspace / f"teachers/t{n}").config["init"] == sha256_file(workspace / file)
+    ran = kdprune(*still, "--name", "t0", cwd=workspace)
+    assert (ran.code, "init is" in ran.err) == (2, True)
+    ran = kdprune(*still, "--init", "given.pth", "--name", "t0", cwd=workspace)
+    assert (ran.code, "already done" in ran.err) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (["--init", "nowhere"], 2, "--init nowhere does not exist: give the folder of a model, or a file of weights"),
+        (["--init", "data/train"], 2, "is of kind dataset: expected model"),
+        (["--init", "data"], 2, "expected a finished model"),
+        (
+            ["--init", "seven.safetensors"],
+            1,
+            "seven.safetensors tells 7 classes apart and this model 10: use weights of the same classes",
+        ),
+        (["--init", "seven.safetensors", "--model", "resnet14"], 1, "does not fit this model"),
+        (["--init", "seven.safetensors", "--weights", "seven.safetensors", "--epochs", "0"], 2, "give one of the two"),
+        (["--init", "data/train/manifest.json"], 1, "cannot be read"),
+    ],
+)
+def test_weights_that_cannot_be_started_from(workspace: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:
+    save_file(models.build(models.resolve("resnet8", classes=7, size=8), seed=0).state_dict(), workspace / "seven.safetensors")
+    ran = kdprune(*LINE, *change, cwd=workspace)
+    assert (ran.code, said in ran.err) == (code, True), ran.err
+    assert not (workspace / "teachers").exists()
+
+
+# --- the rest of the recipe
+
+
+def test_every_setting_is_recorded(workspace: Path, kdprune: Cli) -> None:
+    asked = {
+        "momentum": 0.8,
+        "warmup_epochs": 0,
+        "schedule": "linear",
+        "label_smoothing": 0.1,
+        "clip": 2.0,
+        "ema": 0.9,
+        "weight_decay": 0.001,
+    }
+    line = [part for key, value in asked.items() for part in (f"--{key.replace('_', '-')}", value)]
+    ran = kdprune(*LINE, *line, "--scale", 0.5, 1, "--ratio", 1, 1, cwd=workspace)
+    assert ran.code == 0, ran.err
+    config = Manifest.load(workspace / TEACHER).config
+    assert {key: config["recipe"][key] for key in asked} == asked
+    assert (config["policy"]["kind"], config["policy"]["scale"], config["policy"]["ratio"]) == ("resized-crop", [0.5, 1.0], [1.0, 1.0])
+    text = kdprune("evaluate", TEACHER, cwd=workspace).out
+    assert "weights: model.safetensors (after epoch 3, a moving average)" in text
+    rows = [json.loads(row) for row in (workspace / TEACHER / "metrics.jsonl").read_text().splitlines()]
+    said = dynamics.read(workspace / TEACHER, 1, ["loss"])["loss"].mean()
+    assert rows[0]["train_loss"] > said  # the loss that is learned from is smoothed, the one that is noted is not
+    assert rows[-1]["lr"] == pytest.approx(0.1 / 21, abs=1e-6)
+
+
+def test_the_average_is_saved_and_validated(workspace: Path, kdprune: Cli) -> None:
+    """What metrics.jsonl says of the last epoch is what `evaluate` says of the model."""
+    assert kdprune(*LINE, "--ema", 0.7, cwd=workspace).code == 0
+    last = json.loads((workspace / TEACHER / "metrics.jsonl").read_text().splitlines()[-1])
+    found = json.loads(kdprune("evaluate", TEACHER, "--data", "data/val", "--json", cwd=workspace).out)
+    assert (found["accuracy"], found["loss"]) == (pytest.approx(last["val_accuracy"], abs=1e-6), pytest.approx(last["val_loss"], abs=1e-5))
+    assert found["ema"] == 0.7
+    a, b = (load_file(workspace / TEACHER / f"{name}.safetensors") for name in ("model", "epoch-003"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--clip", "0"], "--clip 0.0 is too small"),
+        (["--ema", "1"], "--ema 1.0 is too large"),
+        (["--momentum", "1"], "--momentum 1.0 is too large"),
+        (["--label-smoothing", "1"], "--label-smoothing 1.0 is too large"),
+        (["--schedule", "step"], "step"),
+        (["--pad", "8"], "--pad 8 is too large for views of 8 pixels: at most 7"),
+        (["--pad", "1", "--size", "16"], "not all images are squares of 16 pixels: leave it out"),
+        (["--pad", "1", "--scale", "0.5", "1"], "--scale and --ratio ask for resized crops: leave it out"),
+        (["--scale", "0.5", "1.5"], "--scale 0.5 1.5 is no range: give LOW HIGH, both above 0 and at most 1, LOW first"),
+        (["--scale", "0", "1"], "is no range"),
+        (["--ratio", "2", "1"], "--ratio 2 1 is no range"),
+        (["--ratio", "nan", "1"], "--ratio nan is not a finite number"),
+    ],
+)
+def test_settings_out_of_range(workspace: Path, kdprune: Cli, change: list[str], said: str) -> None:
+    ran = kdprune(*LINE, *change, cwd=workspace)
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+    assert not (workspace / "teachers").exists()
+
+
+# --- beside the folder
+
+
+def test_tensorboard(workspace: Path, kdprune: Cli) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert kdprune(*LINE, "--tensorboard", "boards", cwd=workspace).code == 0
+    found = EventAccumulator(str(workspace / "boards/resnet8-s0")).Reload()
+    rows = [json.loads(line) for line in (workspace / TEACHER / "metrics.jsonl").read_text().splitlines()]
+    for key in ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        assert [(e.step, pytest.approx(e.value, abs=1e-6)) for e in found.Scalars(key.replace("_", "/"))] == [
+            (r["steps"], r[key]) for r in rows
+        ]
+    assert "tensorboard" not in json.dumps(Manifest.load(workspace / TEACHER).config)
+    ran = kdprune(*LINE, "--name", "other", "--tensorboard", "data/train/manifest.json", cwd=workspace)
+    assert (ran.code, "is a file, not a folder; give another one" in ran.err) == (2, True)
+    assert not (workspace / "teachers/other").exists()
+
+
+def test_tensorboard_is_an_extra(workspace: Path, started: Cli) -> None:
+    """Without the package (importing it fails) it says what to install, before anything is made."""
+    running = started(*LINE, "--tensorboard", "boards", cwd=workspace, first="import sys; sys.modules['tensorboard'] = None")
+    _, err = running.communicate()
+    assert (running.returncode, "--tensorboard needs tensorboard: pip install 'kdprune-data[tensorboard]'" in err) == (2, True), err
+    assert not (workspace / "teachers").exists()
+
+
+@pytest.mark.long
+def test_a_compiler_that_is_missing_is_one_line(workspace: Path, started: Cli) -> None:
+    first = f"import os; os.environ.update(CXX='/nonexistent', TORCHINDUCTOR_CACHE_DIR={str(workspace / 'cache')!r})"
+    running = started(*LINE, "--compile", cwd=workspace, first=first)
+    _, err = running.communicate()
+    assert (running.returncode, "error: --compile failed (" in err.splitlines()[-1]) == (1, True), err
+    assert err.splitlines()[-1].endswith("leave it out")
+    assert not (workspace / "teachers").exists()
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Everything in a folder, with its time of change."""
+    return {str(p): p.stat().st_mtime_ns for p in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize(
+    ("more", "state"),
+    [
+        ([], "new"),
+        (["--weights", "given.pth", "--epochs", "0"], "new"),
+        (["--name", "made"], "finished"),
+        (["--name", "made", "--lr", 1], "other"),
+    ],
+)
+def test_a_dry_run_touches_nothing(chain: Path, workspace: Path, kdprune: Cli, more: list[Any], state: str) -> None:
+    some_weights(chain, workspace / "given.pth")
+    if state != "new":
+        assert kdprune(*LINE, "--name", "made", cwd=workspace).code == 0
+    before = tree(workspace)
+    ran = kdprune(*LINE, *more, "--dry-run", "--json", cwd=workspace)
+    assert tree(workspace) == before
+    if state == "other":
+        assert (ran.code, "was made with other settings" in ran.err) == (2, True)
+        ran = kdprune(*LINE, *more, "--dry-run", "--overwrite", "--json", cwd=workspace)
+        state = "replaced"
+        assert tree(workspace) == before
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["dry_run"], found["state"], found["counts"]["parameter"]) == (True, state, 75290)
+    if state == "finished":
+        assert (found["seconds"], found["bytes"]) == (0, 0)
+        return
+    made = kdprune(*LINE, *more, "--overwrite", cwd=workspace)
+    assert made.code == 0
+    folder = workspace / json.loads(ran.out)["folder"]
+    size = sum(f.bytes for f in Manifest.load(folder).files)
+    assert found["bytes"] == pytest.approx(size, rel=0.1)
+    assert ("step" in found["counts"]) == ("--weights" not in more)
 
 
 # --- no stream of random numbers twice

@@ -46,10 +46,10 @@ def test_a_damaged_sibling_does_not_stand_in_the_way(tmp_path: Path) -> None:
     assert _workspace.one(None, tmp_path / "teachers", "--teacher", lambda m: m.name == "a") == one
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".hidden"])
+@pytest.mark.parametrize("name", ["a/b", ".hidden"])
 def test_a_name_is_a_plain_one(name: str) -> None:
     with pytest.raises(UsageError, match="is not a plain name"):
-        _workspace.place(None, name, Path("teachers"), "x")
+        _workspace.plain_name(name)
 
 
 def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,12 @@ Images = list[tuple[bytes, int]]
 
 
 def items(where: Path | str, **options: Any) -> list[Item]:
-    return list(open_source(str(where), SourceOptions(**{"split": "train"} | options)))
+    return list(open_source([str(where)], SourceOptions(**{"split": "train"} | options)))
 
 
 def refusal(where: Path | str, kind: type[KdpruneError], **options: Any) -> str:
     def read() -> None:
-        source = open_source(str(where), SourceOptions(**{"split": "train"} | options))
+        source = open_source([str(where)], SourceOptions(**{"split": "train"} | options))
         assert list(source) is not source.classes
 
     with pytest.raises(kind) as caught:
@@ -107,7 +107,7 @@ def test_hugging_face_parquet(tmp_path: Path, small_images: Images) -> None:
     some = small_images[:20]
     names = [f"digit {n}" for n in range(10)]
     path = parquet(tmp_path / "x.parquet", rows_of(some), [label for _, label in some], names=names)
-    source = open_source(str(path), SourceOptions("train"))
+    source = open_source([str(path)], SourceOptions("train"))
     assert (source.name, len(source), list(source.classes)) == ("parquet", 20, names)
     assert [(i.key, i.data, i.label) for i in source] == [(f"{n:08d}", data, label) for n, (data, label) in enumerate(some)]
     assert [i.origin for i in source][3] == f"{path} row 3"
@@ -135,7 +135,7 @@ def test_a_binary_column_and_usual_names(tmp_path: Path, small_images: Images, c
     found = items(path)
     assert [i.data for i in found] == [data for data, _ in small_images[:3]]
     assert [i.label for i in found] == [2, 0, 2]
-    assert list(open_source(str(path), SourceOptions("train")).classes) == ["class 0", "class 1", "class 2"]
+    assert list(open_source([str(path)], SourceOptions("train")).classes) == ["class 0", "class 1", "class 2"]
 
 
 def test_columns_by_name(tmp_path: Path, small_images: Images) -> None:
@@ -153,13 +153,13 @@ def test_rows_without_a_label(tmp_path: Path, small_images: Images, names: list[
     """Null, or -1 as Hugging Face's ClassLabel says it."""
     path = parquet(tmp_path / "x.parquet", rows_of(small_images[:4]), [2, None, -1, 0], names=names)
     assert [i.label for i in items(path)] == [2, None, None, 0]
-    assert len(open_source(str(path), SourceOptions("train")).classes) == 3
+    assert len(open_source([str(path)], SourceOptions("train")).classes) == 3
 
 
 def test_string_labels_are_sorted_into_classes(tmp_path: Path, small_images: Images) -> None:
     labels = ["dog", "cat", None, "ant", "dog"]
     path = parquet(tmp_path / "x.parquet", rows_of(small_images[:5]), labels)
-    assert list(open_source(str(path), SourceOptions("train")).classes) == ["ant", "cat", "dog"]
+    assert list(open_source([str(path)], SourceOptions("train")).classes) == ["ant", "cat", "dog"]
     assert [i.label for i in items(path)] == [2, 1, None, 0, 2]
 
 
@@ -215,7 +215,7 @@ def test_the_types_that_others_write(tmp_path: Path, small_images: Images, binar
         made = pa.table({"image": made["image"].cast(kind), "label": pa.array(part).cast(pa.string()).cast(text)})
         pq.write_table(made, tmp_path / f"{n}.parquet")
     found = items(tmp_path)
-    assert list(open_source(str(tmp_path), SourceOptions("train")).classes) == ["ant", "cat", "dog"]
+    assert list(open_source([str(tmp_path)], SourceOptions("train")).classes) == ["ant", "cat", "dog"]
     assert [i.data for i in found] == [data for data, _ in small_images[:6]]
     assert [i.label for i in found] == [2, 1, None, 0, 2, 2]
     assert [i.key for i in found] == ([f"{n}-{k}" for n in range(2) for k in range(3)] if struct else [f"{n:08d}" for n in range(6)])
@@ -241,7 +241,7 @@ def test_named_classes_are_numbered_as_in_train(
     tmp_path: Path, small_images: Images, own: list[str], train: list[str], numbers: list[int] | None
 ) -> None:
     path = parquet(tmp_path / "x.parquet", rows_of(small_images[: len(own)]), list(range(len(own))), names=own)
-    source = open_source(str(path), SourceOptions("test", train=train))
+    source = open_source([str(path)], SourceOptions("test", train=train))
     assert list(source.classes) == (own if numbers is None else train)
     assert [i.label for i in source] == (numbers or list(range(len(own))))
 
@@ -256,7 +256,7 @@ def test_named_classes_are_numbered_as_in_train(
             SourceError,
             "row 0 has no image bytes: only Parquet that holds the images themselves",
         ),
-        ([b""], [0], None, SourceError, "row 0 has no image bytes"),
+        ([None], [0], None, SourceError, "row 0 has no image bytes"),
         ([b"x", b"y"], [0, 5], ["a", "b"], SourceError, "row 1 has label 5, outside 0 to 1 ('a', 'b'): mend it or drop the row"),
         ([b"x"], [-2], ["a"], SourceError, "row 0 has label -2, outside 0 to 0 ('a')"),
         ([b"x"], [0.5], None, UsageError, "which column holds the label?"),
@@ -276,8 +276,17 @@ def test_a_parquet_file_without_rows_or_of_something_else(tmp_path: Path) -> Non
     assert "cannot be read as Parquet" in refusal(tmp_path / "x.parquet", SourceError)
 
 
+def test_a_parquet_file_that_is_damaged_inside(tmp_path: Path, small_images: Images) -> None:
+    """Its footer reads; a page does not."""
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images), [0] * len(small_images))
+    raw = bytearray(path.read_bytes())
+    raw[40 : len(raw) // 2] = bytes(len(raw) // 2 - 40)
+    path.write_bytes(raw)
+    assert "x.parquet cannot be read as Parquet (" in refusal(path, SourceError)
+
+
 def test_the_research_data_is_read(real_data: Path) -> None:
-    source = open_source(str(real_data / "photos" / "train.parquet"), SourceOptions("train"))
+    source = open_source([str(real_data / "photos" / "train.parquet")], SourceOptions("train"))
     found = list(source)
     assert len(found) == len(source) == 100
     assert sorted(i.label for i in found if i.label is not None) == list(range(100))
@@ -289,7 +298,7 @@ def test_the_research_data_is_read(real_data: Path) -> None:
 
 
 def test_class_folders(class_folders: Path, small_images: Images) -> None:
-    source = open_source(str(class_folders), SourceOptions("train"))
+    source = open_source([str(class_folders)], SourceOptions("train"))
     found = list(source)
     assert list(source.classes) == sorted(p.name for p in class_folders.iterdir())
     assert len(source) == len(found) == 30
@@ -310,7 +319,7 @@ def test_what_is_passed_over_in_class_folders(class_folders: Path) -> None:
     (class_folders / "notes").mkdir()
     (class_folders / "notes" / "a.txt").write_bytes(b"x")
     (class_folders / "README.md").write_bytes(b"x")
-    source = open_source(str(class_folders), SourceOptions("train"))
+    source = open_source([str(class_folders)], SourceOptions("train"))
     assert [i[:3] for i in source] == before
     assert source.left_out == ["README.md", "digit-0/notes.txt", "notes/a.txt"]
     assert "notes" not in source.classes
@@ -376,25 +385,96 @@ def test_digits_have_no_val_split() -> None:
 # --- which source
 
 
+ADVICE = "give Parquet files, WebDataset shards, a folder of class folders, or the word digits"
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nowhere", "does not exist: give a Parquet file, a folder of class folders, or the word digits"),
-        ("x.tar", "is a tar: use `kdprune-data index"),
-        ("x.zip", "is not a kind that can be imported: give a Parquet file"),
+        ("nowhere", f"does not exist: {ADVICE}"),
+        ("nowhere.tar", f"does not exist: {ADVICE}"),
+        ("x.zip", f"is not a kind that can be imported: {ADVICE}"),
+        ("x.tar.gz", "is not a kind that can be imported: it is compressed: unpack it (gzip -dk) first"),
+        ("no*.parquet", "the pattern '"),
+        ("no-{0..2}.tar", "no such file: '"),
     ],
 )
 def test_what_is_no_source(tmp_path: Path, name: str, says: str) -> None:
-    if name != "nowhere":
+    if name.startswith("x"):
         (tmp_path / name).write_bytes(b"x")
     assert says in refusal(tmp_path / name, UsageError)
+
+
+def test_several_sources_are_of_one_kind(tmp_path: Path, class_folders: Path, small_images: Images) -> None:
+    for n in range(3):
+        parquet(tmp_path / f"part-{n}.parquet", rows_of(small_images[3 * n : 3 * n + 3]), [0, 1, 0])
+    (tmp_path / "x.tar").write_bytes(b"x")
+
+    def keys(*where: str) -> list[bytes]:
+        return [i.data for i in open_source([str(tmp_path / w) for w in where], SourceOptions("train"))]
+
+    def refused(*where: str, **options: Any) -> str:
+        with pytest.raises(UsageError) as caught:
+            open_source([w if w == "digits" else str(tmp_path / w) for w in where], SourceOptions("train", **options))
+        return str(caught.value)
+
+    data = [image for image, _ in small_images[:9]]
+    assert keys("part-*.parquet") == keys("part-{0..2}.parquet") == keys("part-0.parquet", "part-1.parquet", "part-2.parquet") == data
+    assert keys("part-2.parquet", "part-0.parquet") == data[6:] + data[:3]  # in the order given
+    assert refused("part-0.parquet", "x.tar").endswith("x.tar is WebDataset shards: import sources of one kind at a time")
+    assert "is listed twice: name each file once" in refused("part-0.parquet", "part-*.parquet")
+    assert "matches files of several kinds" in refused("*.[pt]ar*")
+    assert "are several sources, each with classes of its own" in refused("digits", "digits")
+    assert "holds Parquet files and tars" in refused(".")
+    assert (
+        refused("digits", image_member="jpg")
+        == "--image-member goes with WebDataset shards, and the source is scikit-learn's digits: leave it out"
+    )
+    assert "--image-column goes with Parquet files, and the source is a folder of class folders" in refused("folders", image_column="x")
+
+
+def test_files_of_several_splits_may_be_named_one_by_one(tmp_path: Path, small_images: Images) -> None:
+    """A glob may catch a test set; a list is meant."""
+    paths = [parquet(tmp_path / f"{name}.parquet", rows_of(small_images[:2]), [0, 1]) for name in ("train", "val")]
+    assert "holds files of several splits ('train', 'val')" in refusal(tmp_path / "*.parquet", UsageError)
+    assert len(list(open_source([str(p) for p in paths], SourceOptions("train")))) == 4
+
+
+@pytest.mark.parametrize("read_bytes", [1, 1000, 10**9])
+def test_parquet_is_read_in_parts_that_fit(tmp_path: Path, small_images: Images, read_bytes: int) -> None:
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images), [0] * len(small_images))
+    assert [i.data for i in items(path, read_bytes=read_bytes)] == [data for data, _ in small_images]
+
+
+def test_labels_of_parquet_that_are_no_class_numbers(tmp_path: Path, small_images: Images) -> None:
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images[:2]), [0, 20_240_131])
+    assert "has label 20,240,131: without class names at most 999,999; number the classes from 0" in refusal(path, SourceError)
+
+
+def test_links_between_class_folders_are_followed_once(class_folders: Path) -> None:
+    (class_folders / "digit-0" / "more").symlink_to(class_folders / "digit-1")
+    (class_folders / "digit-1" / "more").symlink_to(class_folders / "digit-0")
+    found = [i.key for i in items(class_folders)]
+    assert any(key.startswith("digit-0/more/") for key in found)
+    assert not any(key.count("/more/") > 1 for key in found)
+
+
+def test_a_link_to_nothing_is_named(class_folders: Path) -> None:
+    (class_folders / "digit-0" / "z.png").symlink_to(class_folders / "gone.png")
+    assert refusal(class_folders, SourceError).endswith("z.png is a link to nothing: remove it, or fetch what it names")
+
+
+def test_an_artefact_is_no_source(digits: Path) -> None:
+    assert "is a finished artefact, no source: use it as it is (--data" in refusal(digits / "data" / "train", UsageError)
+    assert "is named by an empty text" in refusal("", UsageError)
+    assert len(items(digits / "data" / "val" / "*.tar")) == 144
 
 
 def test_a_source_describes_itself_without_places(class_folders: Path, tmp_path: Path, small_images: Images) -> None:
     """The same source elsewhere is the same; another file, or another size, is not."""
 
     def said(where: Path) -> dict[str, Any]:
-        return open_source(str(where), SourceOptions("train")).describe()
+        return open_source([str(where)], SourceOptions("train")).describe()
 
     moved = shutil.copytree(class_folders, tmp_path / "moved")
     assert said(moved) == said(class_folders)

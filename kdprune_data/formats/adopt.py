@@ -1,0 +1,143 @@
+"""Reading shards that others wrote, where they lie: the index rows of each, and its sha256. Nothing is written beside them.
+
+A shard is read by one thread, once: headers, labels, and every image (decoded and hashed, or without digests its header alone). Its rows
+go to `.partial/` as they are finished, so that an interrupted `index` need not read it again, as long as it is the same file, with the same
+time of change. The labels stay as they stand, numbers or texts, until all shards have been read: only then do texts have numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kdprune_data import images, order
+from kdprune_data.errors import SourceError
+from kdprune_data.formats import dataset, manifest, table, tar
+from kdprune_data.formats.build import Build
+from kdprune_data.formats.members import Members, Numbering
+from kdprune_data.formats.shards import check_image
+
+SCHEMA = dataset.SCHEMA.append(pa.field("text", pa.string()))
+"""The rows of a shard before its labels are numbered: a label is in `label` or in `text`."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How shards are read. `id`: `key` or `shard`; `keep_bad`: images that do not decode are indexed as unusable; `digests`: every byte is
+    read and hashed, every image decoded; else headers alone."""
+
+    members: Members
+    id: str
+    keep_bad: bool
+    digests: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What was read of one: rows as in SCHEMA, and the tar's sha256 (hex; None without digests)."""
+
+    rows: pa.Table
+    sha256: str | None
+
+
+def read_shard(build: Build, number: int, path: Path, reading: Reading) -> Shard:
+    """Read one shard, or what an interrupted run read of it. Raises SourceError for a tar, a sample or an image that cannot be used."""
+    scratch = build.scratch(f"{number:06d}.rows")
+    of = _fingerprint(path)
+    if scratch.is_file():
+        found = table.read(scratch, SCHEMA)
+        noted = json.loads((found.schema.metadata or {}).get(b"shard", b"{}"))
+        if noted.get("of") == of:
+            return Shard(found.replace_schema_metadata(None), noted["sha256"])
+    rows = dataset.Rows(number, SCHEMA)
+    for row, _ in sample_rows(path, reading):
+        rows.add(**row)
+    digest = manifest.sha256_file(path) if reading.digests else None
+    made = rows.table()
+    note = manifest.canonical({"of": of, "sha256": digest})
+    build.write_scratch(scratch.name, table.to_bytes(made.replace_schema_metadata({"shard": note})))
+    return Shard(made, digest)
+
+
+def sample_rows(path: Path, reading: Reading) -> Iterator[tuple[dict[str, Any], int]]:
+    """The row of each sample of a shard, by column, and the bytes of its record. Raises SourceError as `read_shard` does."""
+    buffer, where = tar.map_file(path), str(path)
+    for record in tar.records(buffer, where):
+        image = reading.members.image_of(record, where)
+        label = reading.members.label_of(buffer, record, where)
+        seen = _image(buffer, image, f"{where} sample {record.key!r}", reading)
+        row = {
+            "id": f"{path.stem}/{record.key}" if reading.id == "shard" else record.key,
+            "key": record.key,
+            "offset": record.offset,
+            "length": record.length,
+            "label": None if isinstance(label, str) else label,
+            "text": label if isinstance(label, str) else None,
+            "image_offset": image.data,
+            "image_length": image.size,
+        }
+        yield row | seen, record.length
+
+
+def _image(buffer: mmap.mmap, image: tar.Member, origin: str, reading: Reading) -> dict[str, Any]:
+    if reading.digests:
+        data = bytes(buffer[image.data : image.data + image.size])
+        height, width = check_image(data, origin, reading.keep_bad)
+        digest = dataset.image_digest(data)
+    else:
+        height, width = _header(memoryview(buffer)[image.data : image.data + image.size], origin, reading.keep_bad)
+        digest = None
+    return {"sha256": digest, "width": width, "height": height, "ok": height > 0}
+
+
+def _header(data: memoryview, origin: str, keep_bad: bool) -> tuple[int, int]:
+    try:
+        return images.size(data)
+    except SourceError as error:
+        if keep_bad:
+            return 0, 0
+        raise SourceError(f"{origin}: {error}; mend or remove it, or pass --on-bad keep to carry it along unused") from None
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Tells whether a file is the one that an interrupted run read."""
+    about = path.stat()
+    return [str(path.resolve()), about.st_size, about.st_mtime_ns]
+
+
+def labels_met(rows: Sequence[pa.Table], paths: Sequence[Path]) -> dict[int | str, str]:
+    """Each distinct label of the shards, with the shard and sample that had it first."""
+    met: dict[int | str, str] = {}
+    for one, path in zip(rows, paths, strict=True):
+        for column in ("label", "text"):
+            values = one[column].combine_chunks()
+            for value in pc.unique(values).drop_null().to_pylist():
+                if value not in met:
+                    met[value] = f"{path} sample {one['key'][pc.index(values, pa.scalar(value, values.type)).as_py()].as_py()!r}"
+    return met
+
+
+def numbered(rows: pa.Table, numbering: Numbering) -> pa.Table:
+    """Rows as in SCHEMA with their labels as class numbers: an index."""
+    texts = pc.dictionary_encode(rows["text"].combine_chunks())
+    numbers = pa.array([numbering.number(text) for text in texts.dictionary.to_pylist()], pa.int32())
+    labels = pc.coalesce(rows["label"].combine_chunks(), numbers.take(texts.indices))
+    return rows.set_column(rows.schema.get_field_index("label"), dataset.SCHEMA.field("label"), labels).select(dataset.SCHEMA.names)
+
+
+def check_ids(index: pa.Table, paths: Sequence[Path]) -> None:
+    """Raise SourceError when two shards have a sample of one id, naming both."""
+    twice = order.first_repeat(index["uid"].to_numpy())
+    if twice is None:
+        return
+    ids, shards = ([index[name][int(n)].as_py() for n in twice] for name in ("id", "shard"))
+    if ids[0] == ids[1]:
+        a, b = (paths[n] for n in shards)
+        raise SourceError(f"sample {ids[0]!r} is in {a} and in {b}: ids must be unique; pass --id shard to name samples SHARD/key")

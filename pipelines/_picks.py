@@ -1,0 +1,129 @@
+"""What `select` keeps of what: a list or a ranking matched with the candidates by id, and what writing it would cost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from kdprune_pipelines._console import count, say
+from kdprune_pipelines._estimate import measure
+from numpy.typing import NDArray
+
+from kdprune_data import order
+from kdprune_data.errors import MismatchError, SourceError, some
+from kdprune_data.formats import subset, table, tar
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.shards import Limits
+from kdprune_data.sources import foreign
+
+TABLE_ROWS = 10_000
+"""From so many rows the size of the tables is told."""
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What is kept of what: rows of the parent, ascending, and their places among the candidates; the ranking, where there is one."""
+
+    parent: Dataset
+    candidates: NDArray[np.int64]
+    places: NDArray[np.int64]
+    scores: NDArray[np.float32] | None
+    ranking: NDArray[np.int64] | None
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The rows kept."""
+        return self.candidates[self.places]
+
+
+def join(
+    parent: Dataset, candidates: NDArray[np.int64], uids: NDArray[np.uint64], values: NDArray[np.float64], where: str
+) -> NDArray[np.float64]:
+    """The candidates' scores, by id. Raises MismatchError for one that is missing, SourceError for one that is no finite number."""
+    found = order.locate(uids, parent.uids[candidates])
+    missing = parent.ids[candidates[found < 0]]
+    if len(missing):
+        raise MismatchError(
+            f"{where} has no score for {count(len(missing), 'sample')} of {parent.folder} ({some(missing)}): score this data set"
+        )
+    joined = values[found]
+    bad = parent.ids[candidates[~np.isfinite(joined)]]
+    if len(bad):
+        raise SourceError(
+            f"{where} has no finite score for {count(len(bad), 'sample')} ({some(bad)}): every candidate needs a finite number"
+        )
+    return joined
+
+
+def listed_rows(path: Path, listed: foreign.Named, parent: Dataset) -> NDArray[np.int64]:
+    """The rows of a list of ids, ascending. Raises SourceError for one that is repeated, unknown, or does not decode."""
+    if not len(listed.uids):
+        raise SourceError(f"{path} lists no ids: nothing to keep")
+    twice = order.first_repeat(listed.uids)
+    if twice:
+        raise SourceError(f"{path} lists {listed.names[twice[0]]!r} more than once: a subset holds each sample once")
+    rows = order.locate(parent.uids, listed.uids)
+    absent = [str(listed.names[n]) for n in np.flatnonzero(rows < 0)[:4]]
+    if absent:
+        n = int((rows < 0).sum())
+        raise SourceError(f"{path} lists {count(n, 'id')} that {parent.folder} does not have ({some(absent, 4)}): use ids of that data set")
+    bad = parent.ids[rows[~parent.ok[rows]]]
+    if len(bad):
+        raise SourceError(f"{path} lists {count(len(bad), 'sample')} that do not decode ({some(bad)}): leave them out")
+    return np.sort(rows)
+
+
+def say_short(picks: Picks) -> None:
+    """Classes that have fewer samples than an equal share: the others make up for them, which nobody should have to find out."""
+    sizes, kept = (np.bincount(picks.parent.labels[rows]) for rows in (picks.candidates, picks.rows))
+    there = np.flatnonzero(sizes)
+    share = len(picks.rows) / len(there)
+    short = there[sizes[there] < np.floor(share)]
+    if len(short):
+        by_size = short[np.argsort(sizes[short], kind="stable")]
+        names = ", ".join(f"{picks.parent.classes[n]!r} with {sizes[n]:,}" for n in by_size[:3].tolist())
+        more = f" and {len(short) - 3:,} more" if len(short) > 3 else ""
+        say(
+            f"{count(len(short), 'class')} of {len(there):,} with fewer samples than an equal share of {share:,.1f} ({names}{more}): all "
+            f"of theirs are kept, and up to {kept.max():,} of the others"
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What writing a subset takes."""
+
+    shards: int
+    bytes: int
+    seconds: float
+
+
+def cost(picks: Picks, limits: Limits | None, *, jobs: int, ranking: bool) -> Cost:
+    """The tars to the byte, from the plan (limits None: there are none); the tables from what their first rows take.
+
+    The time is that of reading and hashing, measured on the first records.
+    """
+    parent, rows = picks.parent, picks.rows
+    shards, tars, copying = 0, 0, 0.0
+    if limits is not None:
+        plan = subset.plan(parent, rows, limits)
+        shards = len(plan.names)
+        tars = int(parent.index["length"].to_numpy()[rows].sum()) + shards * len(tar.END)
+        copying = measure(_copied(parent, plan), tars) / min(jobs, os.cpu_count() or 1, shards)
+    first = parent.index.take(rows[:TABLE_ROWS])
+    row = len(table.to_bytes(first)) / len(first)
+    tables = int(2 * row * len(rows) + (row + 8) * (len(picks.candidates) if ranking else 0))
+    return Cost(shards, tars + tables, copying)
+
+
+def _copied(parent: Dataset, plan: subset.Plan) -> Iterator[int]:
+    """Read and hash planned shards; the bytes done, step by step."""
+    for number in range(len(plan.names)):
+        digest = hashlib.sha256()
+        for piece in subset.pieces(parent, plan, number):
+            digest.update(piece)
+            yield len(piece)

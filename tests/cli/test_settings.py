@@ -1,0 +1,94 @@
+"""`kdprune.toml`: whatever is wrong with it is one line that names the file, and the section where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+
+REFUSED: list[tuple[bytes, str]] = [
+    (b"[selekt]\n", "unknown section of kdprune.toml 'selekt'; did you mean 'select'?"),
+    (b"[select]\nfrak = 1\n", "unknown option in [select] of kdprune.toml 'frak'; did you mean 'frac'?"),
+    (b"[select]\nfrac = [0.1, 0.2]\n", "kdprune.toml [select]: option 'frac' is [0.1, 0.2]: expected a text"),
+    (b"[select]\nfrac = 1979-05-27T07:32:00Z\n", "kdprune.toml [select]: option 'frac' is datetime.datetime(1979, 5, 27"),
+    (b"[select.frac]\nx = 1\n", "kdprune.toml [select]: option 'frac' is {'x': 1}: expected a text"),
+    (b"[select]\nfrac = 0\n", "kdprune.toml [select]: fraction 0 is out of range"),
+    (b"[select]\nfrac = 'half'\n", "kdprune.toml [select]: fraction 'half' is not a number"),
+    (b"[select]\nfrac = true\n", "kdprune.toml [select]: option 'frac' is True: expected a text"),
+    (b"[select]\nmethod = 'randm'\n", "kdprune.toml [select]: unknown method 'randm'; did you mean 'random'?"),
+    (b"[select]\nbalance = 'clas'\n", "kdprune.toml [select]: unknown balance 'clas'; did you mean 'class'?"),
+    (b"[select]\njobs = 0\n", "kdprune.toml [select]: --jobs 0 is too small: at least 1"),
+    (b"[select]\nseed = 99999999999999999999\n", "kdprune.toml [select]: --seed 99999999999999999999 is too large"),
+    (b"[select]\ndata = ''\n", "kdprune.toml [select]: option 'data' is '': expected a path"),
+    (b"[select]\nkeep = 'easy'\n", "none ranks here: name one with --method or --column (--keep stands in kdprune.toml [select])"),
+    (
+        b"[select]\nname = 'a/b'\n",
+        "kdprune.toml [select]: --name 'a/b' is not a plain name: no slash, no leading dot; use --out for a folder elsewhere",
+    ),
+    (b"[select]\nids-only = true\nids_only = true\n", "kdprune.toml [select] gives 'ids_only' twice"),
+    (b"[[select]]\n[[select]]\n", "kdprune.toml has 2 sections [[select]], and options are taken from one: leave one"),
+    (b"[select]\nrecipe = 'small'\n", "unknown option in [select] of kdprune.toml 'recipe'"),
+    (b"[select]\nfrac = 0.5\n[select]\n", "kdprune.toml cannot be read (Cannot declare ('select',) twice (at line 3"),
+    (b"[select]\nfrac = \n", "kdprune.toml cannot be read (Invalid value (at line 2, column 8)"),
+    (b"x = " + b"[" * 5000, "kdprune.toml cannot be read"),
+    (b"x = 1" + b"0" * 5000, "kdprune.toml cannot be read"),
+    ("[select]\nfrac = 1\n".encode("utf-16"), "kdprune.toml cannot be read ('utf-8' codec"),
+]
+
+
+def refusal(kdprune: Cli, folder: Path, *line: str) -> str:
+    ran = kdprune("select", *(line or ("--frac", "0.5", "--name", "x", "--dry-run")), cwd=folder)
+    assert ran.code == 2, ran.err
+    assert "Traceback" not in ran.err
+    said = [one for one in ran.err.splitlines() if one.startswith("error: ")]
+    assert len(said) == 1
+    return str(said[0])
+
+
+@pytest.mark.parametrize(("text", "said"), REFUSED, ids=[repr(text[:40]) for text, _ in REFUSED])
+def test_what_is_wrong_names_the_file(chain: Path, kdprune: Cli, tmp_path: Path, text: bytes, said: str) -> None:
+    (tmp_path / "data").symlink_to(chain / "data")
+    (tmp_path / "kdprune.toml").write_bytes(text)
+    line = ("--frac", "0.5", "--dry-run") if b"name" in text else ()
+    assert said in refusal(kdprune, tmp_path, *line)
+
+
+def test_what_is_no_file(kdprune: Cli, tmp_path: Path) -> None:
+    settings = tmp_path / "kdprune.toml"
+    settings.mkdir()
+    assert "kdprune.toml is a folder, where a TOML file is expected: move it away" in refusal(kdprune, tmp_path)
+    settings.rmdir()
+    settings.symlink_to("kdprune.toml")
+    assert "kdprune.toml cannot be read (Too many levels of symbolic links)" in refusal(kdprune, tmp_path)
+    settings.unlink()
+    settings.symlink_to("nowhere")
+    assert "kdprune.toml cannot be read (No such file or directory)" in refusal(kdprune, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "frac"),
+    [
+        (b"[select]\nfrac = 0.25\n", "0.25"),
+        (b"[select]\nfrac = '0.25'\n", "0.25"),
+        (b"[select]\nfrac = 1\n", "1"),
+        (b"[select]\nfrac = 1e-1\n", "0.1"),
+        (b"\xef\xbb\xbf[select]\r\nfrac = 0.25\r\n", "0.25"),  # as editors on Windows save it
+        (b"[[select]]\nfrac = 0.25\n", "0.25"),
+    ],
+)
+def test_a_fraction_may_be_a_number_or_a_text(chain: Path, kdprune: Cli, tmp_path: Path, text: bytes, frac: str) -> None:
+    (tmp_path / "data").symlink_to(chain / "data")
+    (tmp_path / "kdprune.toml").write_bytes(text)
+    ran = kdprune("select", "--dry-run", cwd=tmp_path)
+    assert (ran.code, f"subsets/random-{frac}-s0 would be made" in ran.out) == (0, True), ran.err
+
+
+def test_an_option_on_the_line_is_not_said_to_stand_in_the_file(chain: Path, kdprune: Cli, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(chain / "data")
+    (tmp_path / "kdprune.toml").write_text("[select]\nkeep = 'hard'\n")
+    said = refusal(kdprune, tmp_path, "--frac", "0.5", "--keep", "easy")
+    assert "kdprune.toml" not in said
