@@ -14,22 +14,21 @@ import io
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
-from urllib.parse import quote, unquote
 
 from kdprune_data.errors import KdpruneError
-from kdprune_data.formats import journal, standing
+from kdprune_data.formats import journal, parts, standing
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.atomic import lock, make_folder, naming, remove_empty, write_whole
 from kdprune_data.formats.identity import Identity, refuse_other
 from kdprune_data.formats.journal import Journal
 from kdprune_data.formats.manifest import PARTIAL, File, Manifest
+from kdprune_data.formats.parts import Parts
 
 SPOOL = "spool"
 """Scratch that no later run continues from; any other scratch is work."""
@@ -64,8 +63,7 @@ class Build:
         self.folder = folder
         self.identity = identity
         self.done: Manifest | None = None
-        self._parts: dict[str, tuple[File, dict[str, Any]]] = {f.path: (f, {}) for f in kept}
-        self._mutex = threading.Lock()
+        self._parts = Parts(folder, kept)
         self._lock: int | None = None
         self._journal: Journal | None = None
         self._around: list[Path] = []
@@ -116,7 +114,7 @@ class Build:
 
     def _open(self) -> None:
         partial = self.folder / PARTIAL
-        self._around = make_folder(partial / "parts")
+        self._around = make_folder(partial / parts.FOLDER)
         self._lock = lock(self.folder / PARTIAL)
         wanted = self.identity.to_json()
         noted = standing.noted(self.folder)
@@ -132,34 +130,17 @@ class Build:
         self._journal.begin(self.folder, continued=noted is not None)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
-        for note in self._notes():
-            found = _read_note(note)
-            if found is not None and _is_whole(self.folder, found[0]):
-                self._parts[found[0].path] = found
-            else:
-                self._drop(note)
-
-    def _notes(self) -> list[Path]:
-        return sorted((self.folder / PARTIAL / "parts").glob("*.json"))
+        self._parts.load()
 
     def _forget(self) -> None:
         """Nothing tells what the leftovers here were to become: they go."""
-        for note in self._notes():
-            self._drop(note)
-        for path in [p for p in (self.folder / PARTIAL).iterdir() if p.name not in ("lock", "parts")]:
+        self._parts.forget()
+        for path in [p for p in (self.folder / PARTIAL).iterdir() if p.name not in ("lock", parts.FOLDER)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _drop(self, note: Path) -> None:
-        """Remove a part that is not what was noted, and its note; a file that a finished artefact has is no part."""
-        path = _path_of(note)
-        if path is not None and path not in self._parts and path != journal.NAME:
-            (self.folder / path).unlink(missing_ok=True)
-        note.unlink()
 
     def finished(self, path: str) -> dict[str, Any] | None:
         """The facts noted with a file that is already whole, or None."""
-        part = self._parts.get(path)
-        return None if part is None else part[1]
+        return self._parts.facts(path)
 
     @contextmanager
     def create(self, path: str, facts: Mapping[str, Any] | None = None) -> Iterator[Sink]:
@@ -172,14 +153,13 @@ class Build:
                 sink = Sink(file)
                 yield sink
             made, noted = File(path, sink.bytes, sink.hash.hexdigest()), dict(facts or {})
-            self._note(made, noted)  # before the file has its name: so that none stands there that nothing tells of
+            self._parts.note(made, noted)
             beside.replace(final)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
         journal.LOGGER.debug("wrote %s: %s bytes, sha256 %s", final, f"{made.bytes:,}", made.sha256)
-        with self._mutex:
-            self._parts[path] = (made, noted)
+        self._parts.add(made, noted)
 
     def write(self, path: str, data: bytes, facts: Mapping[str, Any] | None = None) -> None:
         """Write one small file."""
@@ -194,21 +174,13 @@ class Build:
         """Write a scratch file whole or not at all."""
         write_whole(self.scratch(name), data)
 
-    def _note(self, file: File, facts: dict[str, Any]) -> None:
-        note = {"path": file.path, "bytes": file.bytes, "sha256": file.sha256, "facts": facts}
-        write_whole(self.folder / PARTIAL / "parts" / (quote(file.path, safe="") + ".json"), m.canonical(note))
-
     def keep_only(self, paths: Iterable[str]) -> None:
         """Drop finished files that are no part of this artefact: left by an interrupted run that was asked for more."""
-        wanted = {*paths, journal.NAME}
-        for path in [p for p in self._parts if p not in wanted]:
-            (self.folder / path).unlink(missing_ok=True)
-            (self.folder / PARTIAL / "parts" / (quote(path, safe="") + ".json")).unlink(missing_ok=True)
-            del self._parts[path]
+        self._parts.keep_only({*paths, journal.NAME})
 
     def files(self) -> list[File]:
         """The files written so far, by path."""
-        return [self._parts[path][0] for path in sorted(self._parts)]
+        return self._parts.files()
 
     def seal(
         self,
@@ -293,9 +265,9 @@ class Build:
 
     def _is_bare(self) -> bool:
         """Nothing has been made yet: there is no work that another run could continue."""
-        if self._parts or not self.folder.is_dir() or [p.name for p in self.folder.iterdir()] != [PARTIAL]:
+        if len(self._parts) or not self.folder.is_dir() or [p.name for p in self.folder.iterdir()] != [PARTIAL]:
             return False
-        return {p.name for p in (self.folder / PARTIAL).iterdir()} <= {"identity.json", "lock", "parts", journal.NAME, SPOOL}
+        return {p.name for p in (self.folder / PARTIAL).iterdir()} <= {"identity.json", "lock", parts.FOLDER, journal.NAME, SPOOL}
 
 
 def relocate(folder: Path, manifest: Manifest, outside: Sequence[File]) -> Manifest:
@@ -309,25 +281,3 @@ def _clear(folder: Path) -> None:
     """Remove what a finished artefact needs no more: the work in progress, and what it has replaced."""
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     shutil.rmtree(standing.aside(folder), ignore_errors=True)
-
-
-def _path_of(note: Path) -> str | None:
-    """The path that a part's note is of, by its name; None where it leads out of the folder."""
-    path = unquote(note.name.removesuffix(".json"))
-    return None if Path(path).is_absolute() or ".." in Path(path).parts else path
-
-
-def _read_note(note: Path) -> tuple[File, dict[str, Any]] | None:
-    """What was noted of a part: the file and its facts; None where the note is torn."""
-    try:
-        body = json.loads(note.read_bytes())
-        facts = body.pop("facts")
-        file = File(**body)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return (file, facts) if file.path == _path_of(note) and isinstance(facts, dict) else None
-
-
-def _is_whole(folder: Path, part: File) -> bool:
-    path = folder / part.path
-    return path.is_file() and path.stat().st_size == part.bytes and m.sha256_file(path) == part.sha256
