@@ -28,8 +28,9 @@ from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, some
 from kdprune_data.formats import logits as cached
 from kdprune_data.formats.build import Build
-from kdprune_data.formats.dataset import Dataset, digests_of
+from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
+from kdprune_data.formats.indexing import digests_of
 from kdprune_data.formats.logits import DTYPES, LogitCache, ViewRows
 from kdprune_data.formats.manifest import PARTIAL, Manifest
 

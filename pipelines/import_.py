@@ -27,7 +27,7 @@ from kdprune_pipelines._workspace import DATA, check_classes
 from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError, some
-from kdprune_data.formats import dataset
+from kdprune_data.formats import dataset, indexing
 from kdprune_data.formats.build import SPOOL, Build
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import NAME, Manifest
@@ -222,7 +222,7 @@ def _in_order(source: Source, shuffle: Shuffle | None) -> Iterator[tuple[int, It
 
 
 def _seal(build: Build, split: str, index: pa.Table, names: list[str], classes: Sequence[str], kinds: set[str]) -> Manifest:
-    facts = dataset.write_index(build, index, classes, names)
+    facts = indexing.write_index(build, index, classes, names)
     card = Card(split, split, sorted(kinds & set(EXTENSIONS)), facts.counts["labelled"] > 0)
     build.write("README.md", dataset_card(card, facts.counts, classes).encode())
     return build.seal(counts=facts.counts, classes=list(classes), content=facts.content, side=["README.md"])

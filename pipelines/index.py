@@ -25,14 +25,14 @@ from kdprune_pipelines._workspace import DATA, check_classes
 
 from kdprune_data.config import Config, option
 from kdprune_data.errors import ExistsError, SourceError, UsageError, some
-from kdprune_data.formats import adopt, dataset, manifest, table
+from kdprune_data.formats import adopt, indexing, manifest, table
 from kdprune_data.formats.build import Build, relocate
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import File, Manifest
 from kdprune_data.formats.members import Members, Numbering, numbering
 from kdprune_data.images import MEMBERS
 from kdprune_data.sources import foreign
-from kdprune_data.sources.base import classes_of, invented, listing
+from kdprune_data.sources.base import classes_of, invented, is_utf8, listing
 from kdprune_data.sources.patterns import expand
 
 UNNAMED = "classes are unnamed: name them with --classes FILE (mirroring is right for photographs, wrong for digits: --flip off)"
@@ -109,6 +109,8 @@ def _plan(config: IndexConfig) -> Work:
     paths = expand(config.shards)
     if not paths:
         raise UsageError("which shards? give tars, a pattern in quotes, or a folder of them")
+    if strange := [str(p) for p in paths if not is_utf8(str(p.absolute()))]:
+        raise UsageError(f"{some(strange)}: the name is not UTF-8, and a manifest could not list it: rename it")
     if config.id == "shard":
         _check_stems(paths)
     members = Members.parse(config.image_member, config.label_member)
@@ -131,7 +133,7 @@ def _write(work: Work, build: Build) -> Manifest:
     classes = _classes(work, adopt.labels_met(rows, work.paths))
     index = adopt.numbered(pa.concat_tables(rows).combine_chunks(), classes)
     _check(work, index, classes)
-    facts = dataset.write_index(build, index, classes.names, dataset.shard_names(work.paths))
+    facts = indexing.write_index(build, index, classes.names, indexing.shard_names(work.paths))
     outside = [_file(path, shard.sha256) for path, shard in zip(work.paths, shards, strict=True)]
     return build.seal(counts=facts.counts, classes=classes.names, content=facts.content, outside=outside)
 
@@ -201,7 +203,7 @@ def _estimate(work: Work) -> Estimate:
     """What the run would do, from the samples that can be read in 3 seconds."""
     state = look(work.folder, work.identity, overwrite=work.config.overwrite)
     total = sum(path.stat().st_size for path in work.paths)
-    rows, read = dataset.Rows(0, adopt.SCHEMA), 0
+    rows, read = indexing.Rows(0, adopt.SCHEMA), 0
 
     def sampled() -> Iterator[int]:
         nonlocal read

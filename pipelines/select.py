@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from kdprune_data import order, selectors
 from kdprune_data.config import Config, option
 from kdprune_data.errors import MismatchError, UsageError, unknown
-from kdprune_data.formats import dataset, subset
+from kdprune_data.formats import dataset, indexing, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -203,13 +203,13 @@ def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
     outside: list[File] = []
     if config.ids_only:
         outside = _parents_shards(parent, build.folder)
-        index, names = parent.index.take(rows).combine_chunks(), dataset.shard_names(parent.shard_paths)
+        index, names = parent.index.take(rows).combine_chunks(), indexing.shard_names(parent.shard_paths)
     else:
         plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
         names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))
         index = subset.index_of(parent, plan)
     subset.write_selection(build, index, None if picks.scores is None else picks.scores[picks.places], None)
-    facts = dataset.write_index(build, index, parent.classes, names)
+    facts = indexing.write_index(build, index, parent.classes, names)
     if picks.ranking is not None and _writes_ranking(config, picks):
         subset.write_ranking(build, parent.ids[picks.candidates].tolist(), picks.scores, picks.ranking)
     build.write("README.md", _card(build, parent, index, facts).encode())
@@ -238,7 +238,7 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
     return [File(path, f.bytes, f.sha256) for path, f in zip(paths, known, strict=True)]
 
 
-def _card(build: Build, parent: Dataset, index: pa.Table, facts: dataset.Facts) -> str:
+def _card(build: Build, parent: Dataset, index: pa.Table, facts: indexing.Facts) -> str:
     identity = build.identity
     shards = [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
     how = f"by {identity.config['method']}, fraction {identity.config['frac']}"

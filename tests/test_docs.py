@@ -21,7 +21,7 @@ from kdprune_cli import main as cli
 import kdprune_data
 import kdprune_data.formats.scores
 from kdprune_data import errors
-from kdprune_data.formats import dataset, dynamics, logits, subset
+from kdprune_data.formats import dynamics, indexing, logits, subset
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -237,7 +237,7 @@ def test_packages_say_what_they_are(package: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "schema"),
     [
-        ("**index.parquet**", dataset.SCHEMA),
+        ("**index.parquet**", indexing.SCHEMA),
         ("column of `selection.parquet`", subset.SCHEMA),
         ("**Dynamics**", dynamics.SCHEMA),
     ],

@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 
 from kdprune_data import images, order
 from kdprune_data.errors import SourceError
-from kdprune_data.formats import dataset, manifest, table, tar
+from kdprune_data.formats import indexing, manifest, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.members import Members, Numbering
 from kdprune_data.formats.shards import check_image
 
-SCHEMA = dataset.SCHEMA.append(pa.field("text", pa.string()))
+SCHEMA = indexing.SCHEMA.append(pa.field("text", pa.string()))
 """The rows of a shard before its labels are numbered: a label is in `label` or in `text`."""
 
 
@@ -56,7 +56,7 @@ def read_shard(build: Build, number: int, path: Path, reading: Reading) -> Shard
         noted = json.loads((found.schema.metadata or {}).get(b"shard", b"{}"))
         if noted.get("of") == of:
             return Shard(found.replace_schema_metadata(None), noted["sha256"])
-    rows = dataset.Rows(number, SCHEMA)
+    rows = indexing.Rows(number, SCHEMA)
     for row, _ in sample_rows(path, reading):
         rows.add(**row)
     digest = manifest.sha256_file(path) if reading.digests else None
@@ -90,7 +90,7 @@ def _image(buffer: mmap.mmap, image: tar.Member, origin: str, reading: Reading) 
     if reading.digests:
         data = bytes(buffer[image.data : image.data + image.size])
         height, width = check_image(data, origin, reading.keep_bad)
-        digest = dataset.image_digest(data)
+        digest = indexing.image_digest(data)
     else:
         height, width = _header(memoryview(buffer)[image.data : image.data + image.size], origin, reading.keep_bad)
         digest = None
@@ -129,7 +129,7 @@ def numbered(rows: pa.Table, numbering: Numbering) -> pa.Table:
     texts = pc.dictionary_encode(rows["text"].combine_chunks())
     numbers = pa.array([numbering.number(text) for text in texts.dictionary.to_pylist()], pa.int32())
     labels = pc.coalesce(rows["label"].combine_chunks(), numbers.take(texts.indices))
-    return rows.set_column(rows.schema.get_field_index("label"), dataset.SCHEMA.field("label"), labels).select(dataset.SCHEMA.names)
+    return rows.set_column(rows.schema.get_field_index("label"), indexing.SCHEMA.field("label"), labels).select(indexing.SCHEMA.names)
 
 
 def check_ids(index: pa.Table, paths: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdprune_data.errors import some
-from kdprune_data.formats import dataset, dynamics, journal, logits, subset, table
+from kdprune_data.formats import dynamics, indexing, journal, logits, subset, table
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
@@ -96,7 +96,7 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
     for shard in cache.shards:
         rows = cache.rows(shard)
         total += len(rows)
-        labels, first = dataset.labels_of(rows["label"]), min(p[1] for p in cache.parts if p[0] == 0)
+        labels, first = indexing.labels_of(rows["label"]), min(p[1] for p in cache.parts if p[0] == 0)
         correct = np.zeros(len(rows), np.int32)
         if labels.max(initial=-1) >= len(manifest.classes):
             yield Fault(str(folder / logits.rows_path(shard)), f"has label {labels.max()}, of {len(manifest.classes)} classes")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import images, order
 from kdprune_data.errors import KdpruneError, SourceError, some
-from kdprune_data.formats import dataset, subset, table, tar
+from kdprune_data.formats import indexing, subset, table, tar
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
 from kdprune_data.formats.dataset import Dataset
@@ -39,7 +39,7 @@ def data(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
 
 
 def _index(found: Dataset) -> Iterator[Fault]:
-    path, manifest = str(found.folder / dataset.INDEX), found.manifest
+    path, manifest = str(found.folder / indexing.INDEX), found.manifest
     wrong = found.ids[order.uids_of(found.ids) != found.uids]
     if len(wrong):
         yield Fault(path, f"the uid of {some(wrong)} is not its id's")
@@ -81,7 +81,7 @@ def _shard(found: Dataset, shard: int, path: Path, rows: NDArray[np.int64]) -> I
         one = {name: values[n] for name, values in columns.items()}
         record = records.get(one["offset"])
         data = buffer[one["image_offset"] : one["image_offset"] + lengths[n]]
-        if found.has_digests and dataset.image_digest(data) != found.sha256[row].tobytes():
+        if found.has_digests and indexing.image_digest(data) != found.sha256[row].tobytes():
             yield Fault(str(path), f"sample {one['id']!r}: its image's sha256 is not the index's")
         elif record is None or record.key != one["key"] or record.length != one["length"]:
             yield Fault(str(path), f"sample {one['id']!r}: there is no such record at byte {one['offset']:,}")
@@ -128,7 +128,7 @@ def _side_files(found: Dataset) -> Iterator[Fault]:
     sizes = found.folder / "sizes.json"
     per_shard = np.bincount(found.shards, minlength=len(found.shard_paths)).tolist()
     try:
-        if json.loads(sizes.read_bytes()) != dict(zip(dataset.shard_names(found.shard_paths), per_shard, strict=True)):
+        if json.loads(sizes.read_bytes()) != dict(zip(indexing.shard_names(found.shard_paths), per_shard, strict=True)):
             yield Fault(str(sizes), "its counts are not the index's")
     except ValueError:
         yield Fault(str(sizes), "is not JSON")
@@ -145,7 +145,7 @@ def _side_files(found: Dataset) -> Iterator[Fault]:
 
 
 def _selection(found: Dataset) -> Iterator[Fault]:
-    path = found.folder / dataset.SELECTION
+    path = found.folder / indexing.SELECTION
     kept = table.read(path, subset.SCHEMA)
     for name in ("id", "uid", "sha256", "label"):
         if not kept[name].equals(found.index[name]):

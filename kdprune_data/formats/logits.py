@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import FormatError, MismatchError, UsageError, some
-from kdprune_data.formats import dataset, table
+from kdprune_data.formats import indexing, table
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
@@ -190,8 +190,8 @@ class LogitCache:
             )
         for what, mine, theirs in (
             ("id", np.asarray(rows["id"].to_pylist(), object), data.ids[wanted]),
-            ("image", dataset.digests_of(rows["sha256"]), data.sha256[wanted]),
-            ("label", dataset.labels_of(rows["label"]), data.labels[wanted]),
+            ("image", indexing.digests_of(rows["sha256"]), data.sha256[wanted]),
+            ("label", indexing.labels_of(rows["label"]), data.labels[wanted]),
         ):
             differs = np.asarray(mine != theirs)
             bad = data.ids[wanted[differs.any(1) if differs.ndim > 1 else differs]]
@@ -255,7 +255,7 @@ def read_view(cache: LogitCache, shard: int, view: int) -> ViewRows:
         raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
     if len(found.logits) != len(rows):
         raise FormatError(f"{path} has {len(found.logits):,} rows, {rows_path(shard)} has {len(rows):,}: make or fetch it again")
-    counted = int(top1(found.logits, dataset.labels_of(rows["label"])).sum())
+    counted = int(top1(found.logits, indexing.labels_of(rows["label"])).sum())
     if counted != recorded:
         raise FormatError(
             f"{path}: in view {view} the largest logit is the label's in {counted:,} rows, when it was written in {recorded:,}: "
@@ -275,7 +275,7 @@ def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows
     expected = {
         "format": ("1", "is not of format 1, which this version reads"),
         "rows": (
-            rows_digest(rows["id"].to_pylist(), dataset.digests_of(rows["sha256"])),
+            rows_digest(rows["id"].to_pylist(), indexing.digests_of(rows["sha256"])),
             "was made for other samples than the rows beside it",
         ),
         "teacher": (cache.teacher["digest"], f"holds the logits of another teacher than {cache.teacher['name']}, which the manifest names"),

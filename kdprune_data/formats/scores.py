@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import FormatError, unknown
-from kdprune_data.formats import dataset, table
+from kdprune_data.formats import indexing, table
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.manifest import Manifest
 
@@ -55,7 +55,7 @@ def write_part(
     """Write the scores of one shard's samples, in its order. `made_from`: for each score, the file or checkpoint it came from."""
     fields = [pa.field("id", pa.string()), pa.field("label", pa.int32())]
     fields += [pa.field(n, pa.float32(), metadata={"hard": SCORES[n].hard, "source": made_from[n]}) for n in columns]
-    arrays = [pa.array(ids, pa.string()), dataset.label_array(labels), *(pa.array(v, pa.float32()) for v in columns.values())]
+    arrays = [pa.array(ids, pa.string()), indexing.label_array(labels), *(pa.array(v, pa.float32()) for v in columns.values())]
     with build.create(PART % shard) as sink:
         table.write(sink, pa.table(arrays, schema=pa.schema(fields)))
 

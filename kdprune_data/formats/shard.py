@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from kdprune_data import images
 from kdprune_data.errors import KdpruneError, SourceError
-from kdprune_data.formats import dataset, table, tar
+from kdprune_data.formats import dataset, indexing, table, tar
 from kdprune_data.formats.build import Build, Sink
 
 
@@ -59,8 +59,8 @@ def check(samples: Sequence[Sample], *, decode: bool, keep_bad: bool) -> list[Ch
     """Hash samples and, if asked, decode them. Raises SourceError as `check_image` does."""
     found = []
     for sample in samples:
-        sha256 = dataset.image_digest(sample.data)
-        mark = sha256 + b"".join(extension.encode() + b"\0" + dataset.image_digest(data) for extension, data in sample.others)
+        sha256 = indexing.image_digest(sample.data)
+        mark = sha256 + b"".join(extension.encode() + b"\0" + indexing.image_digest(data) for extension, data in sample.others)
         height, width = check_image(sample.data, f"{sample.origin} (key {sample.key!r})", keep_bad) if decode else (0, 0)
         found.append(Checked(sha256, height, width, mark))
     return found
@@ -91,7 +91,7 @@ class Shard:
         self._build = build
         self.name = dataset.SHARD % number
         self.samples, self.bytes = 0, len(tar.END)  # as counted while it is filled; they run ahead of what is written
-        self._rows = dataset.Rows(number, schema)
+        self._rows = indexing.Rows(number, schema)
         self._rows_file = build.scratch(f"{self.name}.rows")
         self._of = hashlib.sha256()
         self._facts: dict[str, Any] = {}

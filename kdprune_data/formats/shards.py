@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from kdprune_data.errors import SourceError
-from kdprune_data.formats import dataset
+from kdprune_data.formats import dataset, indexing
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.shard import Checked, Sample, Shard, check, check_image
 
@@ -57,7 +57,7 @@ class ShardWriter:
         self._build = build
         self._limits = limits
         self._keep_bad = keep_bad
-        self._schema = dataset.NOISY_SCHEMA if noisy else dataset.SCHEMA
+        self._schema = indexing.NOISY_SCHEMA if noisy else indexing.SCHEMA
         self._pool = ThreadPoolExecutor(max(1, jobs))
         self._window = window
         self._most_batches = BATCHES_A_JOB * max(1, jobs)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdprune_data.formats import dataset, table, tar
+from kdprune_data.formats import dataset, indexing, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.shards import Limits
@@ -145,7 +145,7 @@ def write_selection(build: Build, index: pa.Table, scores: NDArray[np.float32] |
         "score": pa.nulls(n, pa.float32()) if scores is None else pa.array(scores, pa.float32()),
         "weight": pa.array(np.ones(n, np.float32) if weights is None else weights, pa.float32()),
     }
-    with build.create(dataset.SELECTION) as sink:
+    with build.create(indexing.SELECTION) as sink:
         table.write(sink, pa.table(columns, schema=SCHEMA))
 
 

@@ -159,6 +159,11 @@ def invented(n: int) -> list[str]:
     return [f"class {i}" for i in range(n)]
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name of the file system's is text: `os` makes surrogates of bytes that are not."""
+    return not any("\udc80" <= c <= "\udcff" for c in name)
+
+
 def is_inside(path: str) -> bool:
     """Whether a path is relative and never climbs: what a tar's member may be called."""
     pure = PurePosixPath(path)

@@ -18,7 +18,7 @@ import pytest
 
 from kdprune_data import images, order
 from kdprune_data.errors import FormatError, MismatchError, SourceError, UsageError
-from kdprune_data.formats import dataset, subset, table, tar
+from kdprune_data.formats import indexing, subset, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -52,7 +52,7 @@ def written(folder: Path, samples: list[Sample], *, limits: Limits, jobs: int = 
         for one in samples:
             writer.add(one)
         index = writer.finish()
-    facts = dataset.write_index(build, index, ["a", "b"], writer.names)
+    facts = indexing.write_index(build, index, ["a", "b"], writer.names)
     build.seal(counts=facts.counts, classes=["a", "b"], content=facts.content)
     return build
 
@@ -302,17 +302,17 @@ def test_a_table_comes_back_and_others_read_it(tmp_path: Path) -> None:
             "id": pa.array([f"cats/ü{n}" for n in range(1000)]),
             "score": pa.array(rng.standard_normal(1000), pa.float32()),
             "sha256": pa.array([one.tobytes() for one in digests], pa.binary(32)),
-            "label": dataset.label_array(labels),
+            "label": indexing.label_array(labels),
         }
     )
     path = tmp_path / "x.parquet"
     path.write_bytes(table.to_bytes(made))
     assert table.read(path, made.schema).equals(made)
     assert table.read(path, made.schema, columns=["label", "id"]).column_names == ["label", "id"]
-    assert np.array_equal(dataset.digests_of(table.read(path)["sha256"]), digests)
-    assert np.array_equal(dataset.digests_of(made["sha256"].slice(7, 5)), digests[7:12])
-    assert np.array_equal(dataset.digests_of(made["sha256"].chunk(0).slice(7, 5)), digests[7:12])
-    assert np.array_equal(dataset.labels_of(table.read(path)["label"]), labels)
+    assert np.array_equal(indexing.digests_of(table.read(path)["sha256"]), digests)
+    assert np.array_equal(indexing.digests_of(made["sha256"].slice(7, 5)), digests[7:12])
+    assert np.array_equal(indexing.digests_of(made["sha256"].chunk(0).slice(7, 5)), digests[7:12])
+    assert np.array_equal(indexing.labels_of(table.read(path)["label"]), labels)
     with duckdb.connect() as base:
         ids, scores, kept, numbers = zip(*base.execute(f"SELECT * FROM '{path}'").fetchall(), strict=True)
     assert list(ids) == made["id"].to_pylist()
@@ -325,8 +325,8 @@ def test_a_table_comes_back_and_others_read_it(tmp_path: Path) -> None:
 def test_an_empty_table() -> None:
     made = pa.table({"id": pa.array([], pa.string()), "sha256": pa.array([], pa.binary(32)), "label": pa.array([], pa.int32())})
     found = pq.read_table(io.BytesIO(table.to_bytes(made)))
-    assert dataset.digests_of(found["sha256"]).shape == (0, 32)
-    assert dataset.labels_of(found["label"]).shape == (0,)
+    assert indexing.digests_of(found["sha256"]).shape == (0, 32)
+    assert indexing.labels_of(found["label"]).shape == (0,)
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"x" * 1000])
