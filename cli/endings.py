@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -105,7 +106,8 @@ def report(error: BaseException, *, debug: bool, as_json: bool) -> int:
         traceback.print_exception(error)
     message = "\\n".join(message.splitlines())  # a file's name may hold anything
     SIGNALS.told = True
-    print(message if interrupted else f"error: {message}", file=sys.stderr)
+    with suppress(OSError):  # stderr may be full or closed; the exit code tells all the same
+        print(message if interrupted else f"error: {message}", file=sys.stderr)
     if as_json:
         click.echo(_as_json(message, code, kind))
     return code

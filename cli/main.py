@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -127,6 +129,8 @@ group.params += _habits()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     SIGNALS.watch()
+    if sys.stderr is None:  # closed by whoever started us
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     if hasattr(sys.stdout, "reconfigure"):  # names of files and classes that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     code = call(sys.argv[1:] if arguments is None else arguments)

@@ -20,7 +20,7 @@ from kdprune_pipelines import _recipes
 from kdprune_pipelines._console import Outcome, detail
 
 from kdprune_data.config import Config, field_types
-from kdprune_data.errors import UsageError
+from kdprune_data.errors import KdpruneError, UsageError
 
 SETTINGS = Path("kdprune.toml")
 FOLDERS = {"artefact", "data", "logits", "model", "out", "subset", "teacher", "test", "train", "val"}
@@ -38,7 +38,12 @@ def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epil
 
     def callback(as_json: bool, **given: Any) -> None:
         outcome = _run(name, config, run, given)
-        click.echo(json.dumps(outcome.facts, default=str) if as_json else outcome.text)
+        try:
+            click.echo(json.dumps(outcome.facts, default=str) if as_json else outcome.text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise KdpruneError(f"cannot write the result to stdout ({error.strerror}); the work itself is done") from None
         if not outcome.ok:
             raise SystemExit(1)
 

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,13 @@ def verbose() -> Iterator[None]:
 
 class _Details(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        _tell(self.format(record))
+
+
+def _tell(line: str) -> None:
+    """One line on stderr. Where that is full or closed the work goes on without words."""
+    with suppress(OSError, ValueError):
+        tqdm.write(line, file=sys.stderr)
 
 
 def say(line: str) -> None:
@@ -73,7 +79,7 @@ def say(line: str) -> None:
     shown = not _quiet.get()
     LOGGER.info(line, extra={"said": shown})
     if shown:
-        tqdm.write(line, file=sys.stderr)
+        _tell(line)
 
 
 def detail(line: str) -> None:
@@ -132,7 +138,7 @@ class Progress:
             line = self.line(now - self._began)
             LOGGER.info(line, extra={"said": self._lines or self._terminal})
             if self._lines:
-                tqdm.write(line, file=sys.stderr)
+                _tell(line)
 
     def line(self, seconds: float) -> str:
         """Where the work stands after so many seconds: `train: 12% (5,400 of 45,000 samples), 620 samples/s, 64 s left`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from kdprune_pipelines._console import Outcome, bar, count
 from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 
 from kdprune_data.config import Config, option
-from kdprune_data.errors import UsageError
+from kdprune_data.errors import SourceError, UsageError
 from kdprune_data.formats.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class EvaluateConfig(Config):
 
 
 def run(config: EvaluateConfig) -> Outcome:
-    """Evaluate a model. Raises UsageError and MismatchError."""
+    """Evaluate a model. Raises UsageError, MismatchError, and SourceError for a model whose numbers are not finite."""
     saved = open_model(config.model)
     data = Dataset.open(_workspace.data(config.data, "test", option="--data"))
     from kdprune_data.learn.inference import Predictor, choose_device, evaluate  # torch: after what a mistyped folder is told
@@ -45,6 +46,8 @@ def run(config: EvaluateConfig) -> Outcome:
     predictor = Predictor(net, saved.normalisation, saved.architecture.size, choose_device(config.device))
     with bar("evaluate", total=int((data.labels[data.usable()] >= 0).sum())) as progress:
         found = evaluate(predictor, Images(data), batch=config.batch, tick=progress.update)
+    if not math.isfinite(found.loss):
+        raise SourceError(f"what {saved.folder} says of {data.folder} are no finite numbers: its weights are broken; use another model")
     return Outcome(None, _facts(config, saved, data, found), _text(config, saved, data, found))
 
 

@@ -9,6 +9,7 @@ Writes `teachers/MODEL-sSEED`. With `--weights FILE --epochs 0`, no training: th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from kdprune_pipelines._training import TrainingConfig
 
 from kdprune_data import order
 from kdprune_data.config import option
-from kdprune_data.errors import UsageError
+from kdprune_data.errors import SourceError, UsageError
 from kdprune_data.formats import dynamics
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
@@ -202,6 +203,10 @@ def _adopt(build: Build, setup: Setup, net: nn.Module, val: Path | None) -> Mani
     validation = _fit.validation(val, setup.data)
     network = Predictor(net, setup.normalisation, setup.policy.size, setup.device)
     loss, accuracy = validation.measure(network) if validation else (None, None)
+    if loss is not None and not math.isfinite(loss):
+        raise SourceError(
+            "what the adopted weights say of val are no finite numbers: they are broken, or made for other inputs (--mean --std)"
+        )
     row = {"epoch": 0, "steps": 0, "samples": 0, "lr": None, "train_loss": None, "train_accuracy": None}
     _fit.save(build, WEIGHTS, weights(net))
     _fit.write_metrics(build, [row | {"val_loss": loss, "val_accuracy": accuracy}])

@@ -7,6 +7,7 @@ count and versions).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -172,10 +173,12 @@ class Training:
         last, rate = self.step == self.plan.steps, self.plan.lr_at(self.step - 1, self.recipe)
         row: dict[str, Any] = {"epoch": self.epoch + 1, "steps": self.step, "samples": self.seen, "lr": rate}
         row |= {"train_loss": float(self._loss) / self.seen, "train_accuracy": float(self._right) / self.seen}
-        self.epoch, self.within = self.epoch + 1, 0
         row |= {"val_loss": None, "val_accuracy": None}
-        if hooks.validate is not None and (last or hooks.validated is None or self.epoch in hooks.validated):
+        if hooks.validate is not None and (last or hooks.validated is None or self.epoch + 1 in hooks.validated):
             row["val_loss"], row["val_accuracy"] = hooks.validate()
+            if not math.isfinite(row["val_loss"]):  # huge weights may be finite, and what they make of images not
+                raise self._divergence()
+        self.epoch, self.within = self.epoch + 1, 0
         if last or hooks.noted is None or self.epoch in hooks.noted:
             self.metrics.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         if hooks.after_epoch is not None:
@@ -186,10 +189,13 @@ class Training:
         fine = bool(torch.isfinite(self._loss))
         if fine and (not everything or all(bool(torch.isfinite(v).all()) for v in self._tensors().values())):
             return
+        raise self._divergence()
+
+    def _divergence(self) -> KdpruneError:
         self.diverged = True
         rate = self.plan.lr_at(self.step - 1, self.recipe)
         clip = "" if self.recipe.clip is not None else ", or give --clip 1"
-        raise KdpruneError(
+        return KdpruneError(
             f"training has diverged: after step {self.step} (epoch {self.epoch + 1}, learning rate {rate:g}) the loss or a weight is not a "
             f"finite number; lower --lr (it is {self.recipe.lr:g}){clip}"
         )

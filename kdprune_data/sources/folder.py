@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdprune_data.errors import SourceError
-from kdprune_data.sources.base import Item, Outline, classes_of, key_of, listing, outlined
+from kdprune_data.sources.base import Item, Outline, classes_of, is_utf8, key_of, listing, outlined
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -70,9 +70,9 @@ class FolderSource:
     @cached_property
     def _own(self) -> Sequence[str]:
         """The names of the class folders, sorted."""
-        found = sorted({path.split("/", 1)[0] for path, _ in self._files} | set(self._empty))
+        found = sorted({_class_of(path) for path, _ in self._files} | {_class_of(name) for name in self._empty})
         for name in found:
-            if not _is_utf8(name):
+            if not is_utf8(name):
                 raise SourceError(f"{self.root} has the class folder {name!r}, whose name is not UTF-8: rename it")
         return found
 
@@ -99,7 +99,7 @@ class FolderSource:
     def outline(self) -> Outline:
         """See `Source`."""
         numbers = {name: n for n, name in enumerate(self.classes)}
-        labels = np.asarray([numbers[path.split("/", 1)[0]] for path, _ in self._files], np.int32)
+        labels = np.asarray([numbers[_class_of(path)] for path, _ in self._files], np.int32)
         return outlined((key_of(path) for path, _ in self._files), labels, self._named)
 
     def _named(self, row: int) -> tuple[str, str]:
@@ -128,5 +128,6 @@ def _size(path: Path) -> int:
         raise SourceError(f"{path} is a link to nothing: remove it, or fetch what it names") from None
 
 
-def _is_utf8(name: str) -> bool:
-    return not any("\udc80" <= c <= "\udcff" for c in name)  # what `os` makes of other bytes
+def _class_of(path: str) -> str:
+    """The class folder's name, as UTF-8 whatever the locale says."""
+    return os.fsencode(path.split("/", 1)[0]).decode("utf-8", "surrogateescape")

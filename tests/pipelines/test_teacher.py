@@ -236,6 +236,7 @@ def test_validation_data_of_other_classes_is_refused(workspace: Path, kdprune: C
     ("change", "code", "said"),
     [
         (["--lr", "1e6"], 1, "training has diverged: after step"),
+        (["--lr", "1e30", "--steps", "1"], 1, "training has diverged: after step 1"),  # finite weights, and no finite word on val
         (["--lr", "nan"], 2, "--lr"),
         (["--lr", "inf"], 2, "--lr"),
         (["--weight-decay", "nan"], 2, "--weight-decay"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,28 @@ def test_a_terminal_that_is_full(named: Path) -> None:
     assert ran.returncode == 1
     assert len(ran.stderr.splitlines()) == 1
     assert ran.stderr.startswith("error: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("closed", [False, True])
+def test_words_that_cannot_be_said_do_not_stop_the_work(named: Path, closed: bool) -> None:
+    """stderr is full or closed; the result still comes on stdout."""
+    program = shlex.join(command(*SELECT)) + (" 2>&-" if closed else " 2>/dev/full")
+    ran = subprocess.run(["sh", "-c", program], cwd=named, env=surroundings({}), stdout=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 0
+    assert "kept 6 of 12" in ran.stdout
+
+
+def test_class_folders_are_utf8_in_any_locale(named: Path) -> None:
+    """The same data set, not another one and no refusal."""
+    ran = subprocess.run(command("import", "source"), cwd=named, env=surroundings(ASCII), capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "already done\n")
+
+
+def test_a_tar_whose_name_is_not_utf8(named: Path, refuses: Any) -> None:
+    (named / "tars").mkdir(exist_ok=True)
+    shutil.copy(named / "data/train/shard-000000.tar", named / "tars" / "gr\udcfcn.tar")
+    refuses(named, ["index", "tars", "--out", "data/odd"], 2, r"'tars/gr.udcfcn.tar': the name is not UTF-8, .*: rename it")
 
 
 @pytest.mark.parametrize("name", ["with space", "größe", "日本", "a\nb", "gr\udcfcn", "'; $HOME `x` \"", "-rf", "%41", "n" * 200])
