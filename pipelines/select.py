@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order, selectors
 from kdprune_data.config import Config, option
-from kdprune_data.errors import MismatchError, UsageError, unknown
+from kdprune_data.errors import MismatchError, SourceError, UsageError, unknown
 from kdprune_data.formats import dataset, indexing, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
@@ -120,7 +120,11 @@ def run(config: SelectConfig) -> Outcome:
         state = look(folder, identity, overwrite=config.overwrite)
         return _estimate(config, folder, state, _pick(config, parent, candidates, choice, keep), started)
     with Build.begin(folder, identity, overwrite=config.overwrite) as build:
-        made = build.done or _write(config, build, _pick(config, parent, candidates, choice, keep))
+        try:
+            made = build.done or _write(config, build, _pick(config, parent, candidates, choice, keep))
+        except SourceError:  # the parent's shards are damaged: what was copied of them is no start
+            build.discard()
+            raise
         if build.done:
             say("already done")
     return _outcome(folder, made)
@@ -162,7 +166,10 @@ def _foreign_choice(config: SelectConfig, path: Path, parent: Dataset, candidate
         raise UsageError(f"which column of {path} ranks? name it with --column")
     listed = foreign.read_scores(path, config.column)
     known = SCORES[config.column].hard if config.column in SCORES else None
-    hard = config.hard or (listed.metadata or {}).get("hard") or known
+    stated = (listed.metadata or {}).get("hard")
+    if stated not in (None, "high", "low"):
+        raise SourceError(f"{path}: column {config.column!r} says that its hard end is {stated!r}: expected high or low; mend the file")
+    hard = config.hard or stated or known
     if hard is None:
         raise UsageError(f"which end of column {config.column!r} is the hard one? say --hard high or --hard low")
     values = listed.values if listed.values is not None else np.zeros(0)

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdprune_data import images, order
-from kdprune_data.errors import SourceError
+from kdprune_data.errors import FormatError, SourceError
 from kdprune_data.formats import indexing, manifest, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.members import Members, Numbering
-from kdprune_data.formats.shards import check_image
+from kdprune_data.formats.shard import check_image
 
 SCHEMA = indexing.SCHEMA.append(pa.field("text", pa.string()))
 """The rows of a shard before its labels are numbered: a label is in `label` or in `text`."""
@@ -51,11 +51,8 @@ def read_shard(build: Build, number: int, path: Path, reading: Reading) -> Shard
     """Read one shard, or what an interrupted run read of it. Raises SourceError for a tar, a sample or an image that cannot be used."""
     scratch = build.scratch(f"{number:06d}.rows")
     of = _fingerprint(path)
-    if scratch.is_file():
-        found = table.read(scratch, SCHEMA)
-        noted = json.loads((found.schema.metadata or {}).get(b"shard", b"{}"))
-        if noted.get("of") == of:
-            return Shard(found.replace_schema_metadata(None), noted["sha256"])
+    if (found := _standing(scratch, of)) is not None:
+        return found
     rows = indexing.Rows(number, SCHEMA)
     for row, _ in sample_rows(path, reading):
         rows.add(**row)
@@ -64,6 +61,16 @@ def read_shard(build: Build, number: int, path: Path, reading: Reading) -> Shard
     note = manifest.canonical({"of": of, "sha256": digest})
     build.write_scratch(scratch.name, table.to_bytes(made.replace_schema_metadata({"shard": note})))
     return Shard(made, digest)
+
+
+def _standing(scratch: Path, of: object) -> Shard | None:
+    """What an interrupted run read of this very shard, or None: what a power failure has torn is read again."""
+    try:
+        found = table.read(scratch, SCHEMA)
+        noted = json.loads((found.schema.metadata or {})[b"shard"])
+        return Shard(found.replace_schema_metadata(None), noted["sha256"]) if noted["of"] == of else None
+    except (FormatError, ValueError, LookupError, TypeError):
+        return None
 
 
 def sample_rows(path: Path, reading: Reading) -> Iterator[tuple[dict[str, Any], int]]:

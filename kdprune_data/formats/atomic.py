@@ -80,6 +80,9 @@ def lock(folder: Path) -> int:
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine, there = os.fstat(handle), (folder / "lock").stat()
+        if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):  # whoever held it has finished, and made it anew
+            raise BlockingIOError
     except OSError:
         os.close(handle)
         raise ExistsError(f"another process is writing {folder.parent}: wait for it, or choose another --out") from None

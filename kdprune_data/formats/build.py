@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from kdprune_data.errors import KdpruneError
+from kdprune_data.errors import ExistsError, KdpruneError
 from kdprune_data.formats import journal, parts, standing
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.atomic import lock, make_folder, naming, remove_empty, write_whole
@@ -76,6 +76,7 @@ class Build:
         Raises ExistsError when the folder holds anything else, or another process is writing it.
         """
         standing.check_name(folder, identity)
+        folder = folder.resolve() if folder.is_symlink() else folder  # or a link would be set aside, and not what it names
         standing.check_ours(folder)
         if overwrite and standing.is_to_replace(folder, identity):
             standing.check_replaceable(folder, identity)
@@ -90,9 +91,11 @@ class Build:
             return build
         build = cls(folder, identity, () if there is None else there.files)
         try:
-            build._open()
+            build._open(there)
         except BaseException:
             build.close()
+            if not folder.exists():
+                standing.put_back(folder)
             raise
         return build
 
@@ -112,10 +115,12 @@ class Build:
         refuse_other(folder, noted, identity.to_json(), unfinished=True)
         return "unfinished"
 
-    def _open(self) -> None:
+    def _open(self, there: Manifest | None) -> None:
         partial = self.folder / PARTIAL
         self._around = make_folder(partial / parts.FOLDER)
         self._lock = lock(self.folder / PARTIAL)
+        if standing.finished(self.folder, self.identity) != there:  # between our look at the folder and this
+            raise ExistsError(f"another process has just finished {self.folder}: run the same command again")
         wanted = self.identity.to_json()
         noted = standing.noted(self.folder)
         if noted is None:
@@ -239,7 +244,7 @@ class Build:
 
     def discard(self) -> None:
         """Leave nothing, unless it is done: what was asked for cannot be made, and its settings must not stand in the way of others."""
-        if self.done is None:
+        if self.done is None and not (self.folder / m.NAME).exists():
             standing.remove(self.folder)
             standing.put_back(self.folder)
         self.close()

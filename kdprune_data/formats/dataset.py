@@ -153,6 +153,14 @@ class Dataset:
             )
         return found
 
+    def check_outside(self, shards: Sequence[int]) -> None:
+        """Raise SourceError unless these shards, where they lie outside the folder, have the bytes that the manifest says."""
+        for n in shards if self.manifest.outside else ():
+            path, said = self.shard_paths[n], self.manifest.outside[n].bytes
+            there = path.stat().st_size if path.is_file() else None
+            if there is not None and there != said:  # one that is missing is said when it is opened
+                raise SourceError(f"{path} has {there:,} bytes, {self.folder} says {said:,}: fetch it again, or index the set again")
+
     def rows_of(self, shard: int) -> NDArray[np.int64]:
         """The rows of one shard that decode, in tar order."""
         first, last = np.searchsorted(self.shards, [shard, shard + 1])

@@ -67,7 +67,11 @@ def plan(parent: Dataset, rows: NDArray[np.int64], limits: Limits) -> Plan:
 
 
 def copy(parent: Dataset, made: Plan, build: Build, jobs: int) -> Iterator[str]:
-    """Copy the planned records, shard by shard, with `jobs` threads; yields the names of shards as they are finished, in order."""
+    """Copy the planned records, shard by shard, with `jobs` threads; yields the names of shards as they are finished, in order.
+
+    Raises SourceError when a shard of the parent's is not as long as it was, or an image is not the one that was indexed.
+    """
+    parent.check_outside(np.unique(parent.shards[made.rows]).tolist())
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         yield from pool.map(lambda n: _copy_shard(parent, made, build, n), range(len(made.names)))
 
@@ -76,6 +80,8 @@ def _copy_shard(parent: Dataset, made: Plan, build: Build, number: int) -> str:
     name = made.names[number]
     if build.finished(name) is not None:
         return name
+    for row in made.rows[made.cuts[number] : made.cuts[number + 1]].tolist():
+        parent.image_bytes(row)  # which checks it: a subset is what its digests say, or is not made
     with build.create(name) as sink:
         for piece in pieces(parent, made, number):
             sink.write(piece)

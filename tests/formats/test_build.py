@@ -425,3 +425,27 @@ def test_scratch_that_a_run_can_continue_from_outlives_a_refusal(tmp_path: Path)
         raise SourceError("a shard was changed")
     with Build.begin(tmp_path / "x", identity()) as build:
         assert build.scratch("state").read_bytes() == b"an hour of training"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_link_is_followed_and_not_replaced(tmp_path: Path, finished: bool) -> None:
+    (tmp_path / "real").mkdir()
+    if finished:
+        whole(tmp_path / "real" / "x")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "x")
+    with Build.begin(tmp_path / "link", identity(seed=1), overwrite=True) as build:
+        build.write("c.bin", b"ccc")
+        made = finish(build)
+    assert (tmp_path / "link").is_symlink()
+    assert Manifest.load(tmp_path / "real" / "x") == made
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["x"]
+
+
+def test_finished_by_another_between_the_look_and_the_lock(tmp_path: Path) -> None:
+    """Staged: the first half of `begin` has found nothing there."""
+    late = Build(tmp_path / "x", identity())
+    there = whole(tmp_path / "x")
+    with pytest.raises(ExistsError, match=r"another process has just finished .*: run the same command again"):
+        late._open(None)
+    late.discard()
+    assert Manifest.load(tmp_path / "x") == there

@@ -25,7 +25,7 @@ from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest, sha256_file
-from kdprune_data.formats.members import Members
+from kdprune_data.formats.members import UNNAMED, Members
 
 Images = list[tuple[bytes, int]]
 Cli = Callable[..., Any]
@@ -161,7 +161,7 @@ def test_what_cannot_be_meant(
     assert not Path("train").exists()
 
 
-@pytest.mark.parametrize(("settings", "says"), [({}, "no sample has a label"), ({"label_member": "json:meta.number"}, index.UNNAMED)])
+@pytest.mark.parametrize(("settings", "says"), [({}, "no sample has a label"), ({"label_member": "json:meta.number"}, UNNAMED)])
 def test_what_is_said_of_classes(
     theirs: Path, tmp_path: Path, settings: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,3 +289,12 @@ def test_the_page_of_formats_says_how_content_is_without_digests(theirs: Path, t
     lines = sorted(f"{row['id']}\0\0{row['label']}\n".encode() for row in rows)
     assert Manifest.load(tmp_path / "train").content == hashlib.sha256(b"".join(lines)).hexdigest()
     assert np.array_equal([row["height"] for row in rows], Dataset.open(tmp_path / "train").sizes[:, 0])
+
+
+@pytest.mark.parametrize("torn", [b"", b"PAR1", bytes(300)])
+def test_rows_that_a_power_failure_has_torn_are_read_again(tmp_path: Path, small_images: Images, torn: bytes) -> None:
+    shard = packed(tmp_path / "x.tar", [("0.jpg", small_images[0][0]), ("0.cls", b"1")])
+    with Build.begin(tmp_path / "train", Identity("dataset", "train", {}, [])) as build:
+        first = adopt.read_shard(build, 0, shard, READING)
+        build.scratch("000000.rows").write_bytes(torn)
+        assert adopt.read_shard(build, 0, shard, READING).rows.equals(first.rows)

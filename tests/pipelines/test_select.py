@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kdprune_pipelines import import_, select, verify
+from kdprune_pipelines import import_, index, select, verify
 from kdprune_pipelines._console import Outcome
 
 from kdprune_data import order
-from kdprune_data.errors import ExistsError, KdpruneError, MismatchError, SourceError, UsageError
+from kdprune_data.errors import ExistsError, FormatError, KdpruneError, MismatchError, SourceError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import Manifest
 
@@ -358,6 +358,30 @@ def scored(path: Path, data: Path, *, hard: str | None = None, column: str = "di
         path,
     )
     return values
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize("how", ["a byte of an image", "cut", "other bytes of the same length"])
+def test_a_parent_whose_bytes_have_changed_is_not_copied(train: Path, tmp_path: Path, adopted: bool, how: str) -> None:
+    shutil.copytree(train, tmp_path / "set")
+    parent = tmp_path / "set"
+    if adopted:
+        index.run(index.IndexConfig(shards=(str(parent / "*.tar"),), out=tmp_path / "adopted"))
+        parent = tmp_path / "adopted"
+    path, first = tmp_path / "set" / "shard-000001.tar", Dataset.open(parent).index["image_offset"].to_pylist()[600]
+    data = bytearray(path.read_bytes())
+    data[first + 60] ^= 1
+    path.write_bytes({"a byte of an image": data, "cut": data[: len(data) // 2]}.get(how, bytes(len(data))))
+    with pytest.raises((SourceError, FormatError), match=r"shard-000001.tar (was changed: sample '|has [\d,]+ bytes, )"):
+        select.run(select.SelectConfig(parent, frac="1", out=tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("hard", ["High", "yes"])
+def test_a_hard_end_that_is_none_is_refused(train: Path, tmp_path: Path, hard: str) -> None:
+    scored(tmp_path / "s.parquet", train, hard=hard)
+    line = refusal(SourceError, train, tmp_path / "x", frac="0.1", scores=tmp_path / "s.parquet", column="difficulty")
+    assert f"says that its hard end is '{hard}': expected high or low" in line
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.int64(), pa.uint8(), pa.float16()])
