@@ -23,12 +23,12 @@ from kdprune_data.formats.shard import Sample, check
 from kdprune_data.formats.shards import BATCH_SAMPLES, Limits
 from kdprune_data.formats.tar import BLOCK
 from kdprune_data.sources import Outline, Source, numbered
+from kdprune_data.sources.base import READ_BYTES
 from kdprune_data.sources.noise import with_noise
 from kdprune_data.sources.shuffle import Shuffle, spool, unspool
 
 INDEX_BYTES = 150
 """About what a sample's rows in `index.parquet` and the side files take."""
-MOST_READ = 64_000_000
 MOST_WINDOW = 256_000_000
 
 
@@ -43,7 +43,7 @@ class Shares(NamedTuple):
     @classmethod
     def of(cls, memory: int) -> Shares:
         """The shares of so many bytes."""
-        return cls(min(memory // 16, MOST_READ), memory // 2, min(memory // 8, MOST_WINDOW))
+        return cls(min(memory // 16, READ_BYTES), memory // 2, min(memory // 8, MOST_WINDOW))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ def holdout_rate(text: str | None, split: str, samples: int) -> Decimal | None:
         return None
     if split != "train":
         raise UsageError(f"--holdout goes with --split train, not {split}: it sets part of train apart as val")
-    rate = order.fraction(text)
+    try:
+        rate = order.fraction(text)
+    except UsageError:
+        raise UsageError(f"--holdout {text} is no fraction to set apart as val: give a number above 0 and below 1, such as 0.1") from None
     aside = order.keep_count(rate, samples)
     if not 0 < aside < samples:
         raise UsageError(f"--holdout {rate} sets {aside:,} of {count(samples, 'sample')} apart: train and val need at least one each")

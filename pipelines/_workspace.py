@@ -13,7 +13,7 @@ from typing import Any
 from kdprune_pipelines._console import say
 
 from kdprune_data.errors import UsageError
-from kdprune_data.formats.manifest import NAME, Manifest
+from kdprune_data.formats.manifest import NAME, PARTIAL, Manifest
 
 DATA, TEACHERS, SCORES, SUBSETS, LOGITS, STUDENTS = (Path(p) for p in ("data", "teachers", "scores", "subsets", "logits", "students"))
 MAKERS = {TEACHERS: "teacher", SCORES: "score", SUBSETS: "select", LOGITS: "cache", STUDENTS: "distill"}
@@ -27,6 +27,8 @@ def data(given: Path | None, split: str, option: str = "") -> Path:
         return given
     usual = DATA / split
     if not (usual / NAME).is_file():
+        if (usual / PARTIAL).is_dir():
+            raise UsageError(f"{usual} is unfinished: run the command that makes it again, it continues")
         option = option or f"--{split}"
         raise UsageError(f"no {usual} here: run `kdprune-data import SOURCE --split {split}` first, or give a folder with {option}")
     say(f"{split}: {usual}")

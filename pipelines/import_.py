@@ -95,6 +95,8 @@ def run(config: ImportConfig) -> Outcome:
     folders = {config.split: config.out or DATA / config.split}
     if plan.holdout:
         folders["val"] = folders["train"].parent / "val"
+        if folders["val"].resolve() == folders["train"].resolve():
+            raise UsageError(f"--out {config.out} is called val, where --holdout puts val: choose another name for train")
         say(f"train: {folders['train']}; val ({plan.holdout} of it): {folders['val']}")
     check_classes(config.split, folders[config.split], source.classes)
     places = {
@@ -173,6 +175,8 @@ def _made(config: ImportConfig, builds: dict[str, Build], source: Source, plan: 
         say(f"reading {config.source[0] if len(config.source) == 1 else some(config.source)}: {read}")
         if source.left_out:
             say(f"left out: {count(len(source.left_out), 'file')} not named like an image ({some(source.left_out)})")
+        for note in source.notes:
+            say(note)
         return _write(config, builds, source, plan)
     except SourceError:
         for build in builds.values():
@@ -234,7 +238,9 @@ def _describe(folder: Path, manifest: Manifest) -> str:
     size = megabytes(sum(f.bytes for f in manifest.files))
     left = f", {count(bad, 'sample')} that do not decode" if bad else ""
     noisy = f", {count(counts['noisy'], 'label')} changed" if "noisy" in counts else ""
+    empty = [name for name, n in zip(manifest.classes, counts["per_class"], strict=True) if not n]
+    without = f" ({len(empty):,} without a sample: {some(empty)})" if empty else ""
     return (
-        f"{folder}: {count(counts['samples'], 'sample')} of {count(len(manifest.classes), 'class')} "
+        f"{folder}: {count(counts['samples'], 'sample')} of {count(len(manifest.classes), 'class')}{without} "
         f"in {count(counts['shards'], 'shard')}, {size}{left}{noisy}; content {manifest.content[:12]}"
     )

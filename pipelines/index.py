@@ -29,13 +29,12 @@ from kdprune_data.formats import adopt, indexing, manifest, table
 from kdprune_data.formats.build import Build, relocate
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import File, Manifest
-from kdprune_data.formats.members import Members, Numbering, numbering
+from kdprune_data.formats.members import UNLABELLED, UNNAMED, Members, Numbering, classes_beside, numbering
 from kdprune_data.images import MEMBERS
 from kdprune_data.sources import foreign
-from kdprune_data.sources.base import classes_of, invented, is_utf8, listing
+from kdprune_data.sources.base import is_utf8, listing
 from kdprune_data.sources.patterns import expand
 
-UNNAMED = "classes are unnamed: name them with --classes FILE (mirroring is right for photographs, wrong for digits: --flip off)"
 NO_DIGESTS = "no digests: later changes are not noticed, verify compares less, and the content is not that of an import of these images"
 
 
@@ -144,9 +143,7 @@ def _classes(work: Work, met: Mapping[int | str, str]) -> Numbering:
     if work.names is not None or work.config.split == "train" or not (train / manifest.NAME).is_file():
         return own
     theirs = Manifest.load(train, kinds=("dataset",)).classes
-    if own.named or list(theirs) == invented(len(theirs)):
-        return Numbering(classes_of(own.names, theirs), own.named)
-    return own
+    return Numbering(classes_beside(theirs, own.names, named=own.named), own.named)
 
 
 def _read(work: Work, build: Build) -> list[adopt.Shard]:
@@ -172,7 +169,7 @@ def _check(work: Work, index: pa.Table, classes: Numbering) -> None:
     adopt.check_ids(index, work.paths)
     check_classes(work.config.split, work.folder, classes.names)
     if index["label"].null_count == len(index):
-        say("no sample has a label: name the members that hold them with --label-member, if there are any")
+        say(UNLABELLED)
     elif not classes.named:
         say(UNNAMED)
 

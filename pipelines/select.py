@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import foreign
 
 RANKING_LIMIT = 10_000_000
+UPWARDS = Context(prec=2, rounding=ROUND_CEILING)
+"""A least value that is told is enough when it is given."""
 
 
 def _check_method(name: str) -> None:
@@ -184,7 +186,8 @@ def _how_many(config: SelectConfig, choice: Choice, candidates: int) -> tuple[in
     frac = order.fraction(config.frac or "")
     keep = order.keep_count(frac, candidates)
     if keep < 1:
-        raise UsageError(f"--frac {frac} of {count(candidates, 'sample')} keeps none: at least {1 / (2 * candidates):.2g} is needed")
+        needed = 1 / Decimal(2 * candidates)
+        raise UsageError(f"--frac {frac} of {count(candidates, 'sample')} keeps none: at least {needed.normalize(UPWARDS):f} is needed")
     return keep, frac
 
 

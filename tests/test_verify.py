@@ -340,6 +340,32 @@ def test_a_lie_is_found(kept: Path, kdprune: Cli, artefact: str, lie: Callable[[
 
 
 @pytest.mark.parametrize(
+    ("lie", "counts", "said"),
+    [
+        (put("label_true", None), {}, "one of label and label_true is empty, the other is not"),
+        (put("label_true", 10, row=4), {}, "has label_true 10, of 10 classes"),
+        (put("label_true", -3), {}, "has label_true -3, of 10 classes"),
+        (put("id", "x"), {"noisy": 5}, "says noisy 5, the index gives 288"),
+        (dict.clear, {}, "has no column label_true, and the manifest counts noisy labels"),
+    ],
+)
+def test_lies_about_label_noise_are_found(
+    tmp_path: Path, kdprune: Cli, lie: Callable[[dict[str, list[Any]]], None], counts: dict[str, int], said: str
+) -> None:
+    assert kdprune("import", "digits", "--label-noise", "0.2", cwd=tmp_path).code == 0
+    folder = tmp_path / "data" / "train"
+    before = Manifest.load(folder).counts
+    if lie is dict.clear:
+        rows = pq.read_table(folder / "index.parquet")
+        pq.write_table(rows.drop_columns(["label_true"]), folder / "index.parquet")
+    else:
+        table_change("index.parquet", lie)(folder)
+    resealed(folder, counts={**before, **counts})
+    found = faults(kdprune, tmp_path, "data/train")
+    assert any(said in fault for fault in found), found
+
+
+@pytest.mark.parametrize(
     ("artefact", "key", "value"),
     [
         ("data/train", "samples", 109),

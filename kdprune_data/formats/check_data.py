@@ -61,9 +61,23 @@ def _index(found: Dataset) -> Iterator[Fault]:
         "per_class": np.bincount(labelled, minlength=len(found.classes)).tolist(),
         "shards": len(found.shard_paths),
     }
+    if "label_true" in found.index.column_names:
+        yield from _true_labels(found, path)
+        counts["noisy"] = int((found.labels != found.true_labels).sum())
+    elif "noisy" in manifest.counts:
+        yield Fault(path, "has no column label_true, and the manifest counts noisy labels")
     for key, value in counts.items():
         if manifest.counts.get(key) != value:
             yield Fault(str(found.folder / m.NAME), f"says {key} {manifest.counts.get(key)}, the index gives {value}")
+
+
+def _true_labels(found: Dataset, path: str) -> Iterator[Fault]:
+    """The labels before noise changed some: none where there is none, else a class."""
+    true = found.true_labels
+    if len(wrong := found.ids[(true < 0) != (found.labels < 0)]):
+        yield Fault(path, f"{some(wrong)}: one of label and label_true is empty, the other is not")
+    for row in np.flatnonzero((true < -1) | (true >= len(found.classes)))[:1].tolist():
+        yield Fault(path, f"sample {found.ids[row]!r} has label_true {true[row]}, of {len(found.classes)} classes")
 
 
 def _shard(found: Dataset, shard: int, path: Path, rows: NDArray[np.int64]) -> Iterator[Fault]:

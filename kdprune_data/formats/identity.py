@@ -42,9 +42,13 @@ def refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, An
     inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
     differs = _differences(there["config"], wanted["config"]) + inputs
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
-    whole = folder.resolve()
+    # A data set's own name is its split, and splits that belong together stand side by side: another goes beside all of them.
+    split = wanted["kind"] == "dataset" and bool(folder.parent.name)
+    taken = folder.parent if split else folder
+    whole = taken.resolve()
     free = next(name for n in itertools.count(2) if not whole.with_name(name := f"{whole.name}-{n}").exists())
-    elsewhere = f"--out {folder.parent / free}" if wanted["kind"] == "dataset" else f"--name {free}"
+    elsewhere = f"--out {taken.with_name(free) / folder.name if split else taken.with_name(free)}"
+    elsewhere = elsewhere if wanted["kind"] == "dataset" else f"--name {free}"
     what = "holds an unfinished run" if unfinished else "was made"
     raise ExistsError(f"{folder} {what} with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
 

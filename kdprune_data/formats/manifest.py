@@ -124,6 +124,8 @@ class Manifest:
         if not path.is_file():
             if (folder / PARTIAL).is_dir():
                 raise UsageError(f"{folder} is unfinished: run the command that makes it again, it continues")
+            if folder.is_file():
+                raise UsageError(f"{folder} is a file: give the folder it stands in")
             what = "holds no manifest.json" if folder.is_dir() else "does not exist"
             raise UsageError(f"{folder} {what}: expected a finished {wanted}; give another folder, or make it first")
         manifest = cls._parse(path)

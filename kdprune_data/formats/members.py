@@ -20,6 +20,9 @@ from kdprune_data.images import MEMBERS
 JSON = "json:"
 CLASSES_LIMIT = 1_000_000
 """Most classes that numbers alone may make: a larger one is no class number but an id."""
+MIRRORING = "mirroring is right for photographs, wrong for digits: --flip off"
+UNNAMED = f"classes are unnamed: name them with --classes FILE ({MIRRORING})"
+UNLABELLED = "no sample has a label: name the members that hold them with --label-member, if there are any"
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,29 @@ def numbering(met: Mapping[int | str, str], names: Sequence[str] | None) -> Numb
         raise SourceError(f"{met[top]}: class number {top} is above {CLASSES_LIMIT - 1:,}, the most without --classes FILE: renumber")
     if names is not None and int(top) >= len(names):
         raise SourceError(f"{met[top]}: class number {top}, but the class file has {len(names):,} names: add the missing names")
-    return Numbering(list(names) if names is not None else [f"class {n}" for n in range(int(top) + 1)], named=names is not None)
+    return Numbering(list(names) if names is not None else invented(int(top) + 1), named=names is not None)
+
+
+def classes_of(own: Sequence[str], train: Sequence[str]) -> Sequence[str]:
+    """The class list of a split whose own is `own`: train's where that holds them all, as a val or test split may lack a class.
+
+    >>> classes_of(["cat", "dog"], ["ant", "cat", "dog"]), classes_of(["cat", "eel"], ["ant", "cat"])
+    (['ant', 'cat', 'dog'], ['cat', 'eel'])
+    """
+    plain = len(set(own)) == len(own) and len(set(train)) == len(train)  # ImageNet has two classes named `crane`: no name tells which
+    return train if plain and set(own) <= set(train) else own
+
+
+def classes_beside(train: Sequence[str], own: Sequence[str], *, named: bool) -> Sequence[str]:
+    """The class list of a val or test split: train's where it holds all of its own, by name, or by number where neither has names."""
+    if not named and list(train) != invented(len(train)):
+        return own
+    return classes_of(own, train)
+
+
+def invented(n: int) -> list[str]:
+    """The names of n classes that have none."""
+    return [f"class {i}" for i in range(n)]
 
 
 def is_number(text: str) -> bool:

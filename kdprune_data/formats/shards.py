@@ -19,9 +19,7 @@ import pyarrow as pa
 from kdprune_data.errors import SourceError
 from kdprune_data.formats import dataset, indexing
 from kdprune_data.formats.build import Build
-from kdprune_data.formats.shard import Checked, Sample, Shard, check, check_image
-
-__all__ = ["Limits", "Sample", "ShardWriter", "check_image"]
+from kdprune_data.formats.shard import Checked, Sample, Shard, check
 
 BATCH_SAMPLES = 64
 BATCH_BYTES = 1_000_000

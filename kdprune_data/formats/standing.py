@@ -12,7 +12,7 @@ import shutil
 import unicodedata
 from pathlib import Path
 
-from kdprune_data.errors import ExistsError, KdpruneError, UsageError
+from kdprune_data.errors import ExistsError, FormatError, KdpruneError, UsageError
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.atomic import lock
 from kdprune_data.formats.identity import Identity, ancestors, refuse_other
@@ -60,7 +60,10 @@ def finished(folder: Path, identity: Identity) -> Manifest | None:
     """The manifest of what stands finished in the folder, None where nothing does. Raises ExistsError when it is something else."""
     if not (folder / m.NAME).exists():
         return None
-    there = Manifest.load(folder)
+    try:
+        there = Manifest.load(folder)
+    except FormatError as error:
+        raise FormatError(f"{error} (this command makes it again with --overwrite)") from None
     refuse_other(folder, Identity(there.kind, there.name, there.config, there.inputs).to_json(), identity.to_json())
     return there
 

@@ -18,6 +18,8 @@ from kdprune_data.formats.headers import BLOCK as BLOCK  # where others look for
 from kdprune_data.formats.headers import Buffer as Buffer
 
 END = bytes(2 * BLOCK)
+MOST_BYTES = 8**11 - 1
+"""A member's size stands in 11 octal digits."""
 
 _BLANK = bytearray(BLOCK)
 _BLANK[100:156] = b"0000644\0" + b"0000000\0" * 2 + b"0" * 11 + b"\0" + b"0" * 11 + b"\0" + b" " * 8
@@ -39,15 +41,22 @@ def padded(size: int) -> int:
 def member(name: str, data: bytes) -> bytes:
     """One USTAR member, header and padded payload: mode 0644, times and owners 0. `name`: at most 100 ASCII bytes.
 
-    Source: POSIX.1-1988, the ustar interchange format.
+    Raises SourceError for a longer name, and more data than a header can tell. Source: POSIX.1-1988, the ustar interchange format.
     """
+    return b"".join((header(name, len(data)), data, bytes(padded(len(data)) - len(data))))
+
+
+def header(name: str, size: int) -> bytes:
+    """The header of a member with `size` bytes of data. Raises SourceError as `member` does."""
     raw = name.encode("ascii")
     if not 0 < len(raw) <= 100:
         raise SourceError(f"member name {name!r} is {len(raw)} bytes long: at most 100 fit a tar header; shorten the file's name")
-    size = b"%011o\0" % len(data)
-    total = _BARE_SUM - _BARE_SIZE_SUM + sum(size) + sum(raw)
-    header = b"%b%b%b%b%b" % (raw.ljust(100, b"\0"), _HEADER[100:124], size, _HEADER[136:148], b"%06o\0 " % total)
-    return b"".join((header, _HEADER[156:], data, bytes(padded(len(data)) - len(data))))
+    if size > MOST_BYTES:
+        raise SourceError(f"member {name!r} has {size:,} bytes: at most {MOST_BYTES:,} fit a tar header; leave it out, or cut it")
+    octal = b"%011o\0" % size
+    total = _BARE_SUM - _BARE_SIZE_SUM + sum(octal) + sum(raw)
+    head = b"%b%b%b%b%b" % (raw.ljust(100, b"\0"), _HEADER[100:124], octal, _HEADER[136:148], b"%06o\0 " % total)
+    return head + _HEADER[156:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from kdprune_data.errors import UsageError, some
@@ -41,8 +42,9 @@ SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?![^\W\d_])", re.IGNO
 def open_source(where: Sequence[str], options: SourceOptions) -> Source:
     """The source at one or more places. Raises UsageError when there is nothing that can be imported, or things of several kinds."""
     kind = kind_of(where)
+    usual = {field.name: field.default for field in fields(SourceOptions)}
     for name, belongs in BELONGS.items():
-        if belongs != kind and getattr(options, name) not in (None, "key"):
+        if belongs != kind and getattr(options, name) != usual[name]:
             raise UsageError(f"--{name.replace('_', '-')} goes with {KINDS[belongs]}, and the source is {KINDS[kind]}: leave it out")
     if kind == "digits":
         from kdprune_data.sources.digits import DigitsSource
@@ -97,7 +99,7 @@ def _one_kind(text: str) -> str:
 
 
 def _kind_of_folder(path: Path) -> str:
-    """Files of ours at the top make it; tars beside folders are something else's."""
+    """Files at the top make it. Raises UsageError for what may be either of two kinds."""
     if (path / NAME).is_file():
         raise UsageError(f"{path} is a finished artefact, no source: use it as it is (--data {path}), or name its shards ('{path}/*.tar')")
     names = [p for p in path.iterdir() if not p.name.startswith(".")]
@@ -106,7 +108,11 @@ def _kind_of_folder(path: Path) -> str:
         if tars:
             raise UsageError(f"{path} holds Parquet files and tars: name the ones to import, as '{path}/*.tar'")
         return "parquet"
-    return "webdataset" if tars and not any(p.is_dir() for p in names) else "folder"
+    folders = [p.name for p in names if p.is_dir()]
+    if tars and folders:
+        advice = f"name the tars to import, as '{path}/*.tar', or move them out of the class folders"
+        raise UsageError(f"{path} holds tars and folders ({some(folders)}): {advice}")
+    return "webdataset" if tars else "folder"
 
 
 def _files(where: Sequence[str], suffix: str) -> list[Path]:

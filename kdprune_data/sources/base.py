@@ -90,6 +90,11 @@ class Source(Protocol):
         """Files that were passed over because they are no images."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What its user should know of its labels, a line each: that there are none, or no names of classes."""
+        ...
+
     def __len__(self) -> int: ...
 
     @property
@@ -101,15 +106,19 @@ class Source(Protocol):
 
 
 def numbered(source: Source) -> Iterator[tuple[int, Item]]:
-    """The items with their places in the source. Raises SourceError when there are others than the outline says."""
-    samples = len(source.outline.uids)
+    """The items with their places in the source. Raises SourceError when there are others than the outline says, or in another order."""
+    uids = source.outline.uids
     row = -1
     for row, item in enumerate(source):
-        if row == samples:
-            break
+        if row == len(uids):
+            raise SourceError(
+                f"the source changed while it was read: it has more samples than the {len(uids):,} listed before; import it again"
+            )
+        if order.uids_of((item.key,))[0] != uids[row]:
+            raise SourceError(f"the source changed while it was read: {item.origin} is not what was listed there before; import it again")
         yield row, item
-    if row + 1 != samples:
-        raise SourceError(f"the source had {samples:,} samples when it was listed, and other ones when it was read: import it again")
+    if row + 1 != len(uids):
+        raise SourceError(f"the source changed while it was read: {row + 1:,} samples of the {len(uids):,} listed before; import it again")
 
 
 def outlined(
@@ -136,27 +145,12 @@ def listing(files: Iterable[tuple[str, int]]) -> str:
     return hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in files).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def classes_of(own: Sequence[str], train: Sequence[str]) -> Sequence[str]:
-    """The class list of a split whose own is `own`: train's where that holds them all, as a val or test split may lack a class.
-
-    >>> classes_of(["cat", "dog"], ["ant", "cat", "dog"]), classes_of(["cat", "eel"], ["ant", "cat"])
-    (['ant', 'cat', 'dog'], ['cat', 'eel'])
-    """
-    plain = len(set(own)) == len(own) and len(set(train)) == len(train)  # ImageNet has two classes named `crane`: no name tells which
-    return train if plain and set(own) <= set(train) else own
-
-
 def places_of(own: Sequence[str], classes: Sequence[str]) -> NDArray[np.int32]:
     """For each of a source's own classes, its place in `classes`, which holds them all: int32 of shape (len(own),)."""
     if list(own) == list(classes):  # two may have one name
         return np.arange(len(own), dtype=np.int32)
     places = {name: n for n, name in enumerate(classes)}
     return np.asarray([places[name] for name in own], np.int32)
-
-
-def invented(n: int) -> list[str]:
-    """The names of n classes that have none."""
-    return [f"class {i}" for i in range(n)]
 
 
 def is_utf8(name: str) -> bool:

@@ -23,6 +23,7 @@ class DigitsSource:
     name = "digits"
     shuffles = True
     left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
     classes = tuple("0123456789")
 
     def __init__(self, split: str) -> None:

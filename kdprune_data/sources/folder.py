@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from kdprune_data.errors import SourceError
-from kdprune_data.sources.base import Item, Outline, classes_of, is_utf8, key_of, listing, outlined
+from kdprune_data.formats.members import classes_of
+from kdprune_data.sources.base import Item, Outline, is_utf8, key_of, listing, outlined
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -24,6 +25,7 @@ class FolderSource:
 
     name = "folder"
     shuffles = True
+    notes: Sequence[str] = ()
 
     def __init__(self, root: Path, train: Sequence[str] = ()) -> None:
         self.root = root
@@ -31,10 +33,13 @@ class FolderSource:
 
     @cached_property
     def _walk(self) -> tuple[list[tuple[str, int]], list[str]]:
-        """(relative path, bytes) of every image file, and the other files; hidden files and folders are left alone."""
+        """(relative path, bytes) of every image file, and the other files; hidden files and folders are left alone.
+
+        Raises SourceError for a folder that cannot be listed.
+        """
         found: list[tuple[str, int]] = []
         others: list[str] = []
-        for here, folders, files in os.walk(self.root, followlinks=True):
+        for here, folders, files in os.walk(self.root, followlinks=True, onerror=_refuse):
             folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_loop(here, f))
             for file in files:
                 path = Path(here, file)
@@ -121,11 +126,18 @@ def _is_loop(here: str, folder: str) -> bool:
     return any(passed.resolve().is_relative_to(target) for passed in (Path(here), *Path(here).parents))
 
 
+def _refuse(error: OSError) -> None:
+    """What a folder is that cannot be listed: its images would be missing without a word."""
+    raise SourceError(f"cannot list {error.filename} ({error.strerror}): let it be read, or move it out of the source") from None
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except (FileNotFoundError, RuntimeError):
         raise SourceError(f"{path} is a link to nothing: remove it, or fetch what it names") from None
+    except PermissionError as error:  # in a folder that may be listed and not entered
+        raise SourceError(f"cannot read {path} ({error.strerror}): let its folder be entered, or move it out of the source") from None
 
 
 def _class_of(path: str) -> str:

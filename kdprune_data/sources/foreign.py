@@ -41,7 +41,7 @@ def read_scores(path: Path, column: str) -> Named:
         raise SourceError(f"{path}: column {column!r} is {kind}: scores must be numbers")
     names = _id_column(path, schema)
     rows = table.read(path, columns=[names, column])
-    uids, listed = _uids(rows[names])
+    uids, listed = _uids(path, rows[names])
     twice = order.first_repeat(uids)
     if twice:
         raise SourceError(f"{path} lists {listed[twice[0]]!r} more than once: give each sample one score")
@@ -59,7 +59,7 @@ def read_ids(path: Path) -> Named:
         raise UsageError(f"--keys {path} does not exist: give a .txt, .parquet or .npy file of ids")
     if path.suffix == ".parquet":
         names = _id_column(path, _schema(path))
-        return Named(*_uids(table.read(path, columns=[names])[names]))
+        return Named(*_uids(path, table.read(path, columns=[names])[names]))
     if path.suffix == ".npy":
         return _from_npy(path)
     if path.suffix == ".txt":
@@ -121,9 +121,9 @@ def _id_column(path: Path, schema: pa.Schema) -> str:
     raise UsageError(f"{path} has no column {' or '.join(ID_COLUMNS)} to join by: it has {', '.join(schema.names)}; rename the id column")
 
 
-def _uids(column: pa.ChunkedArray) -> tuple[NDArray[np.uint64], Any]:
+def _uids(path: Path, column: pa.ChunkedArray) -> tuple[NDArray[np.uint64], Any]:
     if column.null_count:
-        raise SourceError(f"the id column has {column.null_count:,} empty rows: every row needs an id")
+        raise SourceError(f"{path}: the id column has {column.null_count:,} empty rows: every row needs an id")
     if pa.types.is_uint64(column.type):
         uids = np.asarray(column.to_numpy(), np.uint64)
         return uids, uids

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdprune_data.errors import SourceError, UsageError, first_line, some
-from kdprune_data.sources.base import Item, Outline, SourceOptions, classes_of, invented, is_inside, key_of, listing, outlined, places_of
-
-MOST_ROWS = 1000
-ROWS_AS_PYTHON = 16
-BUFFER_BYTES = 1 << 20
-"""Of a column chunk, what is read at once: without it, the reader takes the whole chunk into memory."""
-MOST_CLASSES = 1_000_000
+from kdprune_data.errors import SourceError, UsageError, some
+from kdprune_data.formats.members import CLASSES_LIMIT, MIRRORING, classes_beside, invented
+from kdprune_data.sources import pages
+from kdprune_data.sources.base import Item, Outline, SourceOptions, is_inside, key_of, listing, outlined, places_of
 
 
 class ParquetSource:
@@ -43,7 +36,7 @@ class ParquetSource:
         self.where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1:,} more"
         self.train = options.train
         self.read_bytes = options.read_bytes
-        self.files, schemas = zip(*map(_look, paths), strict=True)
+        self.files, schemas = zip(*map(pages.look, paths), strict=True)
         self.schema = schemas[0]
         for path, schema in zip(paths, schemas, strict=True):
             if not schema.equals(self.schema):
@@ -85,8 +78,8 @@ class ParquetSource:
         """A column of labels or paths, whole, as plain integers or strings."""
         found = []
         for path, file in zip(self.paths, self.files, strict=True):
-            with _reading(path):
-                found.append(_open(path, file).read(columns=[name]).column(0))
+            with pages.reading(path):
+                found.append(pages.open_file(path, file).read(columns=[name]).column(0))
         if "." in name and pa.types.is_struct(found[0].type):
             found = [pc.struct_field(one, 0) for one in found]
         return pa.chunked_array([c for one in found for c in one.cast(_plain(one.type)).chunks], _plain(found[0].type))
@@ -104,18 +97,28 @@ class ParquetSource:
         if pa.types.is_string(self._labels.type):
             return sorted(pc.unique(self._labels.drop_null()).to_pylist())
         top = pc.max(self._labels).as_py()
-        if top is not None and top >= MOST_CLASSES:
+        if top is not None and top >= CLASSES_LIMIT:
             raise SourceError(
-                f"{self.where} has label {top:,}: without class names at most {MOST_CLASSES - 1:,}; number the classes from 0"
+                f"{self.where} has label {top:,}: without class names at most {CLASSES_LIMIT - 1:,}; number the classes from 0"
             )
         return invented(0 if top is None else top + 1)
 
     @cached_property
     def classes(self) -> Sequence[str]:
         """Its own (see `_own`); or train's, where those are among them: by name, or by number where neither has names."""
-        if not self._names and pa.types.is_integer(self._labels.type) and list(self.train) != invented(len(self.train)):
-            return self._own
-        return classes_of(self._own, self.train)
+        return classes_beside(self.train, self._own, named=self._named)
+
+    @property
+    def _named(self) -> bool:
+        """Whether its classes have names."""
+        return bool(self._names) or not pa.types.is_integer(self._labels.type)
+
+    @cached_property
+    def notes(self) -> Sequence[str]:
+        """See `Source`."""
+        if (self.outline.labels < 0).all():
+            return ("no sample has a label: name the column that holds them with --label-column, if there is one",)
+        return () if self._named else (f"classes are unnamed: the schema has no names of theirs ({MIRRORING})",)
 
     @cached_property
     def _keys_from_paths(self) -> bool:
@@ -135,7 +138,7 @@ class ParquetSource:
         """See `Source`."""
         files = {
             "source_files": listing((p.name, p.stat().st_size) for p in self.paths),
-            "source_footers": hashlib.sha256(b"".join(_footer(p) for p in self.paths)).hexdigest(),
+            "source_footers": hashlib.sha256(b"".join(pages.footer(p) for p in self.paths)).hexdigest(),
         }
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         taken = {} if list(self.classes) == list(self._own) else {"classes": list(self.classes)}
@@ -144,10 +147,10 @@ class ParquetSource:
     def __len__(self) -> int:
         return int(sum(file.num_rows for file in self.files))
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        """Bytes of the columns, uncompressed."""
-        return int(sum(file.row_group(n).total_byte_size for file in self.files for n in range(file.num_row_groups)))
+        """About how many bytes its images are: see `pages.size`."""
+        return pages.size(self.paths, self.files, self.image_column)
 
     @cached_property
     def outline(self) -> Outline:
@@ -182,7 +185,7 @@ class ParquetSource:
     def __iter__(self) -> Iterator[Item]:
         row = 0
         for path, file in zip(self.paths, self.files, strict=True):
-            for place, image in enumerate(self._images(path, file)):
+            for place, image in enumerate(pages.images(path, file, self.image_column, self.read_bytes)):
                 data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
                 origin = f"{path} row {place}"
                 if data is None:
@@ -191,53 +194,12 @@ class ParquetSource:
                 yield Item(key_of(str(name)) if self._keys_from_paths else f"{row:08d}", data, None if label < 0 else label, origin)
                 row += 1
 
-    def _images(self, path: Path, metadata: Any) -> Iterator[Any]:
-        """The values of a file's image column, so many rows at a time as hold about `read_bytes`, by the row group's own figures."""
-        with _reading(path):
-            file = _open(path, metadata)
-            for group in range(metadata.num_row_groups):
-                rows = _rows_at_once(metadata.row_group(group), self.image_column, self.read_bytes)
-                for batch in file.iter_batches(rows, row_groups=[group], columns=[self.image_column]):
-                    column = batch.column(0)
-                    for at in range(0, len(column), ROWS_AS_PYTHON):
-                        yield from column.slice(at, ROWS_AS_PYTHON).to_pylist()
-                pa.default_memory_pool().release_unused()
-
-
-def _look(path: Path) -> tuple[Any, pa.Schema]:
-    """A file's metadata and schema; it is closed again, as a process may open only so many."""
-    with _reading(path), pq.ParquetFile(path) as file:
-        return file.metadata, file.schema_arrow
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What the Parquet library makes of a file that is none, or damaged, in one line."""
-    try:
-        yield
-    except MemoryError as error:
-        advice = "give the process more, or write the file with smaller row groups"
-        raise SourceError(f"{path}: there is no memory for a page of it ({first_line(error)}): {advice}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path} cannot be read as Parquet ({first_line(error)}): fetch it again") from None
-
-
-def _open(path: Path, metadata: Any) -> Any:
-    """A file to read page by page through a small buffer: neither mapped, which counts as the process's memory, nor a chunk at a time."""
-    return pq.ParquetFile(path, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False)
-
-
-def _rows_at_once(group: Any, column: str, read_bytes: int) -> int:
-    chunks = [group.column(n) for n in range(group.num_columns)]
-    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
-    return int(max(1, min(MOST_ROWS, read_bytes * group.num_rows // max(size, 1))))
-
 
 def _texts(column: pa.ChunkedArray) -> Iterator[str]:
     """The values of a column of texts, few at a time."""
     for chunk in column.chunks:
-        for at in range(0, len(chunk), MOST_ROWS):
-            yield from chunk.slice(at, MOST_ROWS).to_pylist()
+        for at in range(0, len(chunk), pages.MOST_ROWS):
+            yield from chunk.slice(at, pages.MOST_ROWS).to_pylist()
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -259,12 +221,3 @@ def _is_label(kind: pa.DataType) -> bool:
 
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _footer(path: Path) -> bytes:
-    """The sha256 of a file's footer: where each row group lies, how large it is, and from which values to which."""
-    with path.open("rb") as file:
-        file.seek(-8, os.SEEK_END)  # 4 bytes of length, then `PAR1`
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        return hashlib.sha256(file.read(length)).digest()

@@ -18,6 +18,7 @@ from kdprune_data.errors import UsageError, some
 
 MAGIC = "*?["
 MOST = 1_000_000
+PACKED = re.compile(r"\.(tgz|tar\.(gz|xz|bz2|zst|lz4))$", re.IGNORECASE)
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
@@ -84,6 +85,10 @@ def _matching(pattern: str) -> list[str]:
 
 def _in_folder(folder: Path, suffix: str) -> list[Path]:
     found = sorted(p for p in folder.iterdir() if p.suffix == suffix and p.is_file() and not p.name.startswith("."))
+    if packed := sorted(p.name for p in folder.iterdir() if PACKED.search(p.name) and suffix == ".tar"):
+        raise UsageError(
+            f"{folder} holds compressed tars ({some(packed)}), which would be left out: unpack them first, shards are plain tars"
+        )
     if not found:
         raise UsageError(f"{folder} holds no {suffix} file: give the files themselves, or the folder they are in")
     return found

@@ -1,7 +1,7 @@
 """Put the items of a source into hash order without holding more of them in memory than allowed.
 
 1. Every item is read once, in the source's order, and put into the bucket that the top bits of its order hash name: a list in memory when
-   all fit, else a spool file per bucket, at most 128 of them.
+   all fit, else a spool file per bucket, at most 128 of them. Where they were to fit and do not, those held are spooled then.
 2. Bucket after bucket is read back, sorted by the hash, and handed on; one that does not fit is first spooled again, by the hash's next
    bits.
 """
@@ -12,6 +12,7 @@ import json
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -61,7 +62,23 @@ class Shuffle:
             self._scratch.mkdir(parents=True, exist_ok=True)
             self._spools = self._spread(items, self._scratch / "bucket", 0, self._bits)
         else:
-            self._held = list(items)
+            self._hold(items)
+
+    def _hold(self, items: Iterable[Numbered]) -> None:
+        """Keep the items in memory, and change to spool files once they pass it: a source may hold more than it says."""
+        feed, held = iter(items), 0
+        for row, item in feed:
+            self._held.append((row, item))
+            held += item_bytes(item)
+            if held > self._memory and len(self._held) < len(self._hashes):
+                self._bits = max(1, self._bits_for(held * len(self._hashes) // len(self._held)))
+                self.collect(chain(self._let_go(), feed))
+
+    def _let_go(self) -> Iterator[Numbered]:
+        """Those held, which are not any more."""
+        self._held.reverse()
+        while self._held:
+            yield self._held.pop()
 
     def __iter__(self) -> Iterator[Numbered]:
         """All items, each with its row, in ascending hash order."""
@@ -94,6 +111,11 @@ class Shuffle:
                 spool(files[n], row, item)
                 counts[n] += 1
         return [Spool(*pair) for pair in zip(paths, counts, strict=True)]
+
+
+def item_bytes(item: Item) -> int:
+    """About what an item takes in memory."""
+    return ITEM_BYTES + len(item.data) + sum(len(data) for _, data in item.others)
 
 
 def spool(file: BinaryIO, row: int, item: Item) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -22,18 +22,21 @@ import numpy as np
 from kdprune_data import images
 from kdprune_data.errors import SourceError, some
 from kdprune_data.formats import tar
-from kdprune_data.formats.members import Members, Numbering, numbering
-from kdprune_data.sources.base import Item, Outline, SourceOptions, classes_of, invented, key_of, listing, outlined, places_of
+from kdprune_data.formats.members import UNLABELLED, UNNAMED, Members, Numbering, classes_beside, numbering
+from kdprune_data.sources.base import Item, Outline, SourceOptions, key_of, listing, outlined, places_of
 from kdprune_data.sources.foreign import read_classes
 
 NAME_BYTES = 100
 """What a USTAR header holds of a name."""
+MAGIC_BYTES = 16
+"""Of an image, what tells its type."""
 
 
 class TarFile:
     """A tar's bytes, read from the file slice by slice."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = os.open(path, os.O_RDONLY)
         self._size = os.fstat(self._file).st_size
 
@@ -41,8 +44,21 @@ class TarFile:
         return self._size
 
     def __getitem__(self, part: slice) -> bytes:
+        """Raises SourceError where the file has become shorter."""
         start, stop, _ = part.indices(self._size)
-        return os.pread(self._file, max(0, stop - start), start)
+        found = os.pread(self._file, max(0, stop - start), start)
+        return found if len(found) >= stop - start else self._rest(found, start, stop)
+
+    def _rest(self, found: bytes, start: int, stop: int) -> bytes:
+        """One call reads at most 2 GiB."""
+        parts = [found]
+        at = start + len(found)
+        while at < stop:
+            parts.append(os.pread(self._file, stop - at, at))
+            if not parts[-1]:
+                raise SourceError(f"{self._path} changed while it was read: it ends at byte {at:,}, before {stop:,}; import it again")
+            at += len(parts[-1])
+        return b"".join(parts)
 
     def __enter__(self) -> Self:
         return self
@@ -53,13 +69,15 @@ class TarFile:
 
 class Found(NamedTuple):
     """What the headers tell. `ends`: for each shard, how many samples there are up to its end; `codes`: each sample's label, as its place
-    in `met` (-1 = none), which holds where each distinct label was met first; `uids` in `outline`."""
+    in `met` (-1 = none), which holds where each distinct label was met first; `uids` in `outline`; `old`: how many samples have a `cls`
+    member that is not their label."""
 
     ends: list[int]
     codes: array[int]
     met: dict[int | str, str]
     bytes: int
     outline: Outline
+    old: int
 
 
 class WebDatasetSource:
@@ -79,22 +97,26 @@ class WebDatasetSource:
 
     @cached_property
     def _found(self) -> Found:
-        ends, codes, met, size = [], array("i"), dict[int | str, str](), 0
+        ends, codes, met, size, old = [], array("i"), dict[int | str, str](), 0, 0
         numbers: dict[int | str, int] = {}
 
         def keys() -> Iterator[str]:
-            nonlocal size
+            nonlocal size, old
             for path in self.paths:
                 with TarFile(path) as buffer:
                     for record in tar.records(buffer, str(path)):
-                        self.members.image_of(record, str(path))
+                        image = self.members.image_of(record, str(path))
+                        key = self._key(path, record.key)
+                        if others := _others(record, image):
+                            _check_others(_origin(path, record.key), key, others, _type_of(buffer, image))
                         label = self.members.label_of(buffer, record, str(path))
                         if label is not None and label not in numbers:
                             numbers[label] = len(numbers)
                             met[label] = _origin(path, record.key)
                         codes.append(-1 if label is None else numbers[label])
                         size += record.length
-                        yield self._key(path, record.key)
+                        old += "cls" in record.members and self.members.label != "cls"
+                        yield key
                 ends.append(len(codes))
 
         advice = "rename one" if self.by_shard else "name samples by their shards too, with --id shard, or rename one"
@@ -103,7 +125,7 @@ class WebDatasetSource:
             raise SourceError(f"no sample with an image in {some(map(str, self.paths))}: nothing to import")
         if self.asked and not met:
             raise SourceError(f"no sample in {some(map(str, self.paths))} has a label in {self.members.label}: name another member")
-        return Found(ends, codes, met, size, outline)
+        return Found(ends, codes, met, size, outline, old)
 
     def _key(self, path: Path, key: str) -> str:
         """The key that a sample gets here. Raises SourceError for one that does not fit."""
@@ -129,10 +151,17 @@ class WebDatasetSource:
     def classes(self) -> Sequence[str]:
         """Those listed; else the distinct label texts, sorted; else `class 0` to the largest number. Or train's, where those are among
         them, by name, or by number where neither has names."""
-        own = self._numbering.names
-        if not self._numbering.named and list(self.train) != invented(len(self.train)):
-            return own
-        return own if self.listed is not None else classes_of(own, self.train)
+        own = self._numbering
+        return own.names if self.listed is not None else classes_beside(self.train, own.names, named=own.named)
+
+    @cached_property
+    def notes(self) -> Sequence[str]:
+        """See `Source`."""
+        old = f"left out: the .cls members of {self._found.old:,} samples, whose labels come from {self.members.label}"
+        found = [old] if self._found.old else []
+        if not self._found.met:
+            return [*found, UNLABELLED]
+        return found if self._numbering.named else [*found, UNNAMED]
 
     @cached_property
     def outline(self) -> Outline:
@@ -161,38 +190,47 @@ class WebDatasetSource:
         return self._found.bytes
 
     def __iter__(self) -> Iterator[Item]:
-        labels = iter(self.outline.labels)
-        for path in self.paths:
+        start = 0
+        for path, end in zip(self.paths, self._found.ends, strict=True):
             with TarFile(path) as buffer:
-                for record, label in zip(tar.records(buffer, str(path)), labels, strict=False):
-                    yield self._item(path, buffer, record, int(label))
+                records = list(tar.records(buffer, str(path)))
+                if len(records) != end - start:
+                    counts = f"it has {len(records):,} samples, not the {end - start:,} listed before"
+                    raise SourceError(f"{path} changed while it was read: {counts}; import it again")
+                for record, label in zip(records, self.outline.labels[start:end].tolist(), strict=True):
+                    yield self._item(path, buffer, record, label)
+            start = end
 
     def _item(self, path: Path, buffer: TarFile, record: tar.Record, label: int) -> Item:
-        key, origin = self._key(path, record.key), _origin(path, record.key)
         image = self.members.image_of(record, str(path))
         data = buffer[image.data : image.data + image.size]
-        taken = {images.extension(data) or "bin", "cls"}
-        others = []
-        for extension, member in record.members.items():
-            if member is image or (extension == "cls" and self.members.label == "cls"):
-                continue
-            _check_other(origin, key, extension, taken)
-            others.append((extension, buffer[member.data : member.data + member.size]))
-        return Item(key, data, None if label < 0 else label, origin, tuple(others))
+        others = tuple((e, buffer[m.data : m.data + m.size]) for e, m in _others(record, image).items())
+        return Item(self._key(path, record.key), data, None if label < 0 else label, _origin(path, record.key), others)
 
 
-def _check_other(origin: str, key: str, extension: str, taken: set[str]) -> None:
-    """Refuse a member that cannot go along under its name."""
-    if extension in taken:
-        raise SourceError(
-            f"{origin}: its member .{extension} has the name that its image or label gets: choose that one with --image-member or "
-            f"--label-member, or pack the set again without it"
-        )
-    if not (extension.isascii() and extension.isprintable()) or len(key) + 1 + len(extension) > NAME_BYTES:
-        raise SourceError(
-            f"{origin}: its member .{extension} makes the name {f'{key}.{extension}'!r}: at most {NAME_BYTES} bytes of printable ASCII fit "
-            f"a tar header; pack the set again with a shorter one"
-        )
+def _others(record: tar.Record, image: tar.Member) -> dict[str, tar.Member]:
+    """What goes along with image and label, by extension. A `cls` that is not the label would be taken for it, and does not."""
+    return {extension: member for extension, member in record.members.items() if member is not image and extension != "cls"}
+
+
+def _check_others(origin: str, key: str, others: Collection[str], image: str) -> None:
+    """Refuse a member that cannot go along under its name, beside `KEY.IMAGE`."""
+    for extension in others:
+        if extension == image:
+            raise SourceError(
+                f"{origin}: its member .{extension} has the name that its image gets: choose that one with --image-member, or pack the set "
+                f"again without it"
+            )
+        if not (extension.isascii() and extension.isprintable()) or len(key) + 1 + len(extension) > NAME_BYTES:
+            raise SourceError(
+                f"{origin}: its member .{extension} makes the name {f'{key}.{extension}'!r}: at most {NAME_BYTES} bytes of printable ASCII "
+                f"fit a tar header; pack the set again with a shorter one"
+            )
+
+
+def _type_of(buffer: TarFile, image: tar.Member) -> str:
+    """The extension that an image gets, by its first bytes."""
+    return images.extension(buffer[image.data : image.data + min(image.size, MAGIC_BYTES)]) or "bin"
 
 
 def _origin(path: Path, key: str) -> str:

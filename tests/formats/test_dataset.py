@@ -22,7 +22,8 @@ from kdprune_data.formats import indexing, subset, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.shards import Limits, Sample, ShardWriter
+from kdprune_data.formats.shard import Sample
+from kdprune_data.formats.shards import Limits, ShardWriter
 
 COLUMNS = {  # docs/formats.md, as DuckDB calls the types
     "id": "VARCHAR",

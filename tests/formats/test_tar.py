@@ -77,6 +77,12 @@ def test_a_member_is_byte_for_byte_the_page_and_reads_back(name: str, size: int)
         assert found.extractfile(info).read() == data  # type: ignore[union-attr]
 
 
+def test_a_member_that_no_header_can_tell_is_refused() -> None:
+    assert tar.header("a.jpg", 8**11 - 1)[124:136] == b"77777777777\0"
+    with pytest.raises(SourceError, match=r"member 'a.jpg' has 8,589,934,592 bytes: at most 8,589,934,591 fit a tar header; leave it out"):
+        tar.header("a.jpg", 8**11)
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "b/" + "c" * 90])
 def test_a_member_is_the_one_tarfile_writes_but_for_the_device_numbers(name: str) -> None:
     """tarfile fills the device fields (329 to 345) with octal zeros; docs/formats.md, with NUL."""

@@ -26,6 +26,7 @@ from kdprune_data import images, order
 from kdprune_data.errors import ExistsError, KdpruneError, SourceError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.members import UNNAMED
 
 Digests = Callable[[Path], dict[str, str]]
 Images = list[tuple[bytes, int]]
@@ -195,7 +196,8 @@ def test_other_settings_are_refused_naming_the_difference(tmp_path: Path, digest
     run("digits", tmp_path / "train", holdout="0.1")
     before = digests(tmp_path)
     line = refusal(ExistsError, "digits", tmp_path / "train", **({"holdout": "0.1"} | settings))
-    assert line.startswith(f"{tmp_path / 'train'} was made with other settings {differs}: use --out {tmp_path / 'train-2'}")
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-2") / "train"  # not beside this train, whose val would be in the way
+    assert line.startswith(f"{tmp_path / 'train'} was made with other settings {differs}: use --out {elsewhere} for another")
     assert digests(tmp_path) == before
     run("digits", tmp_path / "train", overwrite=True, **({"holdout": "0.1"} | settings))
     assert Manifest.load(tmp_path / "train").config[next(iter(settings))] == next(iter(settings.values()))
@@ -336,14 +338,17 @@ def test_the_first_line_says_where_val_goes(tmp_path: Path, capsys: pytest.Captu
     [
         ({"split": "test", "holdout": "0.1"}, "--holdout goes with --split train, not test"),
         ({"holdout": "1"}, "--holdout 1 sets 1,438 of 1,438 samples apart: train and val need at least one each"),
-        ({"holdout": "0"}, "fraction 0 is out of range"),
+        ({"holdout": "0"}, "--holdout 0 is no fraction to set apart as val"),
         ({"split": "val"}, "digits has no split 'val'"),
         ({"holdout": "0.0001"}, "--holdout 0.0001 sets 0 of 1,438 samples apart"),
         ({"holdout": "0.9999"}, "--holdout 0.9999 sets 1,438 of 1,438 samples apart"),
+        ({"holdout": "0.2", "name": "val"}, "data/val is called val, where --holdout puts val: choose another name for train"),
+        ({"holdout": "0.2", "name": "x/../val"}, "val is called val, where --holdout puts val: choose another name for train"),
     ],
 )
 def test_wrong_usage_leaves_nothing(tmp_path: Path, settings: dict[str, str], says: str) -> None:
-    assert says in refusal(UsageError, "digits", tmp_path / "data" / "train", **settings)
+    out = tmp_path / "data" / settings.get("name", "train")
+    assert says in refusal(UsageError, "digits", out, **{k: v for k, v in settings.items() if k != "name"})
     assert not (tmp_path / "data").exists()
 
 
@@ -531,6 +536,26 @@ def test_packing_foreign_shards_anew_gives_their_content(foreign: Path, tmp_path
     index.run(index.IndexConfig.from_dict({"shards": sorted(foreign.glob("*.tar")), "out": tmp_path / "adopted"}))
     outcome = run([str(p) for p in sorted(foreign.glob("*.tar"))], tmp_path / "train")
     assert outcome.facts["train"]["content"] == Manifest.load(tmp_path / "adopted").content
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, [UNNAMED]),
+        (
+            {"image_member": "jpeg", "label_member": "json:n"},
+            ["left out: the .cls members of 36 samples, whose labels come from json:n", UNNAMED],
+        ),
+    ],
+)
+def test_what_is_said_of_foreign_labels(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, str], says: list[str]
+) -> None:
+    run(foreign, tmp_path / "train", **settings)
+    assert [line for line in capsys.readouterr().err.splitlines() if line in says] == says
+    read = Dataset.open(tmp_path / "train")
+    assert not settings or read.labels.tolist() == [int(one) for one in read.ids]
+    assert verify.run(verify.VerifyConfig(tmp_path / "train")).ok
 
 
 @pytest.mark.parametrize("shuffle", ["auto", "on"])

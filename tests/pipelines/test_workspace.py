@@ -55,3 +55,10 @@ def test_a_name_is_a_plain_one(name: str) -> None:
 def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert _workspace.place(Path(), None, Path("teachers"), "x") == (Path(), tmp_path.name)
+
+
+def test_an_unfinished_split_is_not_called_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/train/.partial").mkdir(parents=True)
+    with pytest.raises(UsageError, match="data/train is unfinished: run the command that makes it again, it continues"):
+        _workspace.data(None, "train")

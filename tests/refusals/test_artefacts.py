@@ -354,3 +354,14 @@ def test_a_number_that_is_no_score(chain_copy: Path, real: Any, refuses: Any) ->
         1,
         r"ids.npy is float64 of shape \(1,\): expected one row of texts \(ids\) or of uint64",
     )
+
+
+def test_a_file_where_its_folder_is_asked_for(chain: Path, refuses: Any) -> None:
+    refuses(chain, ["info", "data/train/index.parquet"], 2, r"data/train/index.parquet is a file: give the folder it stands in")
+
+
+def test_the_command_that_made_it_names_the_way_to_make_it_again(chain_copy: Path, refuses: Any, works: Any) -> None:
+    (chain_copy / "subsets/random-0.5-s0/index.parquet").unlink()
+    line = ["select", "--frac", "0.5"]
+    refuses(chain_copy, line, 1, r"index.parquet is missing: .*\(this command makes it again with --overwrite\)")
+    works(chain_copy, *line, "--overwrite")

@@ -19,7 +19,7 @@ EVERY = ["import", "index", "teacher", "score", "select", "cache", "distill", "e
 REFUSED: list[tuple[list[str], int, str]] = [
     *((["select", "--frac", f], 2, rf"fraction {f} is out of range: {FRACTION}") for f in ("0", "-1", "1.5", "nan", "inf", "1.0000001")),
     *((["select", "--frac", f], 2, rf"fraction '{f}' is not a number: {FRACTION}") for f in ("half", "50%", "1/2", "0,5", "0x1")),
-    (["select", "--frac", "1e-9"], 2, r"--frac 1E-9 of 108 samples keeps none: at least 0.0046 is needed"),
+    (["select", "--frac", "1e-9"], 2, r"--frac 1E-9 of 108 samples keeps none: at least 0.0047 is needed"),
     (["select"], 2, r"say what to keep: either --frac FRACTION \(above 0, at most 1\) or --keys FILE"),
     (["selct"], 2, r"'selct'.*(did you mean 'select'|see kdprune-data --help)"),
     ([*SELECT, "--method", "randm"], 2, r"unknown method 'randm'; did you mean 'random'\? known: .*el2n"),

@@ -70,3 +70,12 @@ def test_patterns_that_mean_nothing(texts: list[str], says: str) -> None:
 
 def test_folders_of_other_files(here: Path) -> None:
     assert expand(["."], ".txt") == [Path("notes.txt")]
+
+
+@pytest.mark.parametrize("name", ["b.tar.gz", "b.tgz", "B.TAR.ZST"])
+def test_compressed_tars_in_a_folder_are_not_left_out_silently(here: Path, name: str) -> None:
+    (here / "mixed").mkdir()
+    for one in ("a.tar", name):
+        (here / "mixed" / one).write_bytes(b"x")
+    with pytest.raises(UsageError, match=rf"holds compressed tars \('{name}'\), which would be left out: unpack them first"):
+        expand([here / "mixed"])

@@ -10,7 +10,7 @@ import pytest
 
 from kdprune_data import order
 from kdprune_data.sources.base import Item
-from kdprune_data.sources.shuffle import ITEM_BYTES, Numbered, Shuffle, spool, unspool
+from kdprune_data.sources.shuffle import ITEM_BYTES, Numbered, Shuffle, item_bytes, spool, unspool
 
 MEMORIES = [10**9, 500_000, 20_000, 3_000]
 
@@ -64,3 +64,19 @@ def test_what_is_spooled_comes_back() -> None:
         spool(file, row, item)
     file.seek(0)
     assert list(unspool(file)) == list(enumerate(items))
+
+
+@pytest.mark.parametrize("n", [1, 2, 2500])
+@pytest.mark.parametrize("said", [0, 1000])
+def test_a_source_larger_than_it_says_is_spooled_all_the_same(tmp_path: Path, n: int, said: int) -> None:
+    """From the item on that does not fit; what was held until then is let go."""
+    items = [item._replace(data=item.data * 50) for item in some(n)]
+    hashes = order.order_hash(order.uids_of(i.key for i in items), 0, "import")
+    shuffle = Shuffle(tmp_path / "spool", hashes=hashes, memory=2_000_000, expected_bytes=said)
+    assert not shuffle.spools
+    held = shuffle._held
+    shuffle.collect(enumerate(items))
+    assert shuffle.spools == (sum(map(item_bytes, items)) > 2_000_000)
+    assert not shuffle.spools or not held
+    assert list(shuffle) == [(row, items[row]) for row in np.argsort(hashes).tolist()]
+    assert not list(tmp_path.glob("spool/*"))

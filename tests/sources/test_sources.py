@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from kdprune_data import images, order
 from kdprune_data.errors import KdpruneError, SourceError, UsageError
 from kdprune_data.sources import Item, SourceOptions, open_source
 from kdprune_data.sources.base import key_of
+from kdprune_data.sources.foreign import read_ids, read_scores
 
 Images = list[tuple[bytes, int]]
 
@@ -431,6 +435,17 @@ def test_several_sources_are_of_one_kind(tmp_path: Path, class_folders: Path, sm
         == "--image-member goes with WebDataset shards, and the source is scikit-learn's digits: leave it out"
     )
     assert "--image-column goes with Parquet files, and the source is a folder of class folders" in refused("folders", image_column="x")
+    assert "--image-column goes with Parquet files" in refused("folders", image_column="key")
+    assert "--id goes with WebDataset shards" in refused("folders", id="shard")
+
+
+def test_tars_beside_folders_may_be_either(tmp_path: Path, class_folders: Path) -> None:
+    (class_folders / "x.tar").write_bytes(b"x")
+    said = refusal(class_folders, UsageError)
+    assert said.startswith(f"{class_folders} holds tars and folders (")
+    assert said.endswith(f"name the tars to import, as '{class_folders}/*.tar', or move them out of the class folders")
+    (class_folders / "x.tar").rename(class_folders / ".x.tar")
+    assert items(class_folders)
 
 
 def test_files_of_several_splits_may_be_named_one_by_one(tmp_path: Path, small_images: Images) -> None:
@@ -488,3 +503,70 @@ def test_a_source_describes_itself_without_places(class_folders: Path, tmp_path:
     parquet(other, rows_of(small_images[:3]), [0, 2, 0])
     assert other.stat().st_size == size
     assert said(one) != said(other)  # the same name and size, but a label was changed: its largest stands in the footer
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint64"])
+@pytest.mark.parametrize("names", [None, ["a", "b"]])
+def test_the_largest_int32_is_no_class_number(tmp_path: Path, small_images: Images, dtype: str, names: list[str] | None) -> None:
+    path = parquet(tmp_path / "x.parquet", rows_of(small_images[:2]), np.asarray([0, 2**31 - 1], dtype), names=names)  # type: ignore[arg-type]
+    says = "row 1 has label 2147483647, outside 0 to 1" if names else "has label 2,147,483,647: without class names at most 999,999"
+    assert says in refusal(path, SourceError)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "says"),
+    [
+        ([None, -1], ["a"], "no sample has a label: name the column that holds them with --label-column, if there is one"),
+        (
+            [0, 1],
+            None,
+            "classes are unnamed: the schema has no names of theirs (mirroring is right for photographs, wrong for digits: --flip",
+        ),
+        ([0, 1], ["a", "b"], ""),
+        (["a", "b"], None, ""),
+    ],
+)
+def test_what_is_said_of_labels(tmp_path: Path, small_images: Images, labels: list[Any], names: list[str] | None, says: str) -> None:
+    source = open_source([str(parquet(tmp_path / "x.parquet", rows_of(small_images[:2]), labels, names=names))], SourceOptions("train"))
+    assert says in "".join(source.notes)
+    assert bool(source.notes) == bool(says)
+
+
+def test_repeated_images_are_counted_as_often_as_they_stand(tmp_path: Path) -> None:
+    """A dictionary holds them once: 200 rows of 50 kB take a few in the file, and few rows at a time are read."""
+    data = [np.random.default_rng(n).bytes(50_000) for n in range(3)]
+    path = parquet(tmp_path / "x.parquet", [{"bytes": data[n % 3], "path": None} for n in range(200)], [0] * 200)
+    assert path.stat().st_size < 400_000
+    source = open_source([str(path)], SourceOptions("train", read_bytes=100_000))
+    assert source.bytes == 200 * 50_000
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    largest = 0
+    for n, item in enumerate(source):
+        assert item.data == data[n % 3]
+        largest = max(largest, pool.bytes_allocated() - before)
+    assert largest < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"), [(0o000, "cannot list ./digit-1 (Permission denied): let it be"), (0o444, "cannot read digit-1/")]
+)
+def test_folders_that_cannot_be_read_are_named(class_folders: Path, mode: int, says: str) -> None:
+    """By a child without root's rights, which root must start in the folder: it could not come there by itself."""
+    program = (
+        "import os\nfrom kdprune_data.sources import SourceOptions, folder, open_source\nos.geteuid() or os.setuid(65534)\n"
+        "try: print(len(open_source(['.'], SourceOptions('train'))))\nexcept Exception as error: print(error)"
+    )
+    (class_folders / "digit-1").chmod(mode)
+    done = subprocess.run([sys.executable, "-c", program], cwd=class_folders, capture_output=True, text=True, check=False)
+    (class_folders / "digit-1").chmod(0o755)
+    assert done.stdout.startswith(says), done.stderr
+
+
+@pytest.mark.parametrize("read", [lambda path: read_scores(path, "mine"), read_ids])
+def test_rows_without_an_id_are_refused_naming_the_file(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    path = tmp_path / "theirs.parquet"
+    pq.write_table(pa.table({"id": ["a", None, None], "mine": [1.0, 2.0, 3.0]}), path)
+    with pytest.raises(SourceError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: the id column has 2 empty rows: every row needs an id"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from kdprune_data.errors import KdpruneError, SourceError, UsageError
-from kdprune_data.sources import Item, SourceOptions, open_source
+from kdprune_data.formats.members import UNLABELLED, UNNAMED
+from kdprune_data.sources import Item, SourceOptions, numbered, open_source
 from kdprune_data.sources.webdataset import TarFile
 
 Images = list[tuple[bytes, int]]
@@ -37,8 +39,7 @@ def items(*where: Path, **options: Any) -> list[Item]:
 def refusal(kind: type[KdpruneError], *where: Path, **options: Any) -> str:
     with pytest.raises(kind) as caught:
         source = open_source([str(w) for w in where], SourceOptions(**{"split": "train"} | options))
-        assert source.outline is not None
-        list(source)
+        assert source.outline is None  # everything but images is looked at when a source is listed
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -144,9 +145,9 @@ def test_repeated_keys_are_refused_naming_both(tmp_path: Path, small_images: Ima
         (
             [("x.jpg", b"\x89PNG\r\n\x1a\n"), ("x.png", b"p")],
             {"image_member": "jpg"},
-            "its member .png has the name that its image or label gets",
+            "its member .png has the name that its image gets: choose that one with --image-member, or",
         ),
-        ([("x.jpg", b"j"), ("x.cls", b"1"), ("x.txt", b"cat")], {"label_member": "txt"}, "its member .cls has the name that its image or"),
+        ([("x.jpg", b"j"), ("x.bin", b"b")], {}, "its member .bin has the name that its image gets"),
         ([("x.jpg", b"j"), ("x.ü", b"1")], {}, "its member .ü makes the name 'x.ü': at most 100 bytes of printable ASCII"),
         ([("x" * 90 + ".jpg", b"j"), ("x" * 90 + ".far-too-long", b"1")], {}, "at most 100 bytes of printable ASCII fit"),
         ([("x" * 91 + ".jpg", b"j")], {}, "which is 91 bytes long: at most 90 fit; pack the set again with another"),
@@ -167,3 +168,69 @@ def test_a_tar_is_read_slice_by_slice(shards: list[Path]) -> None:
         assert len(found) == len(raw)
         for part in (slice(0, 512), slice(512, 700), slice(len(raw) - 3, len(raw) + 100), slice(9, 9), slice(20, 10)):
             assert found[part] == raw[part]
+
+
+def test_a_tar_that_became_shorter_is_refused(shards: list[Path]) -> None:
+    with TarFile(shards[0]) as found:
+        os.truncate(shards[0], 1000)
+        with pytest.raises(
+            SourceError, match=r"part-0.tar changed while it was read: it ends at byte 1,000, before 2,000; import it again"
+        ):
+            found[512:2000]
+
+
+@pytest.mark.long
+def test_more_than_one_call_reads(tmp_path: Path) -> None:
+    """2 GiB are what Linux reads at once."""
+    path = tmp_path / "x.tar"
+    with path.open("wb") as file:
+        file.truncate(2**31 + 5)
+        file.seek(2**31 + 2)
+        file.write(b"end")
+    with TarFile(path) as found:
+        assert found[3 : 2**31 + 5][-4:] == b"\0end"
+
+
+@pytest.mark.parametrize(
+    ("label", "found", "notes"),
+    [
+        (None, [("cls", b"1")], [UNNAMED]),
+        (None, [("txt", b"cat")], [UNLABELLED]),
+        ("txt", [("txt", b"cat")], []),
+        ("txt", [("txt", b"cat"), ("cls", b"1")], ["left out: the .cls members of 2 samples, whose labels come from txt"]),
+        (
+            "json:n",
+            [("json", b'{"n": 1}'), ("cls", b"7")],
+            ["left out: the .cls members of 2 samples, whose labels come from json:n", UNNAMED],
+        ),
+    ],
+)
+def test_what_is_said_of_labels(
+    tmp_path: Path, small_images: Images, label: str | None, found: list[tuple[str, bytes]], notes: list[str]
+) -> None:
+    members = [(f"{n}.{e}", data) for n in range(2) for e, data in [("jpg", small_images[n][0]), *found]]
+    source = open_source([str(pack(tmp_path / "x.tar", members))], SourceOptions("train", label_member=label))
+    assert list(source.notes) == notes
+    assert {e for item in source for e, _ in item.others} == {e for e, _ in found} - {"cls"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({0: ["a", "c"], 1: ["d", "e"]}, r"part-0.tar sample 'c' is not what was listed there before"),
+        ({0: ["a"], 1: ["b", "c", "d"]}, r"part-0.tar changed while it was read: it has 1 samples, not the 2 listed before"),
+        ({0: ["a", "b", "x"]}, r"part-0.tar changed while it was read: it has 3 samples, not the 2 listed before"),
+        ({1: ["c"]}, r"part-1.tar changed while it was read: it has 1 samples, not the 2 listed before"),
+    ],
+)
+def test_shards_that_change_while_they_are_read(tmp_path: Path, small_images: Images, changed: dict[int, list[str]], says: str) -> None:
+    def write(shard: int, keys: list[str]) -> Path:
+        members = [one for k in keys for one in ((f"{k}.jpg", small_images[ord(k) % 9][0]), (f"{k}.cls", b"1"))]
+        return pack(tmp_path / f"part-{shard}.tar", members)
+
+    source = open_source([str(write(n, keys)) for n, keys in enumerate((["a", "b"], ["c", "d"]))], SourceOptions("train"))
+    assert len(source.outline.uids) == 4
+    for shard, keys in changed.items():
+        write(shard, keys)
+    with pytest.raises(SourceError, match=says):
+        list(numbered(source))
