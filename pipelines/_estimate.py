@@ -73,20 +73,26 @@ def growing(rows: NDArray[np.int64], batch: int) -> Iterator[NDArray[np.int64]]:
 def measure(work: Iterator[int], total: int) -> float:
     """Seconds that `total` units of work would take: `work` does some and says after each step how many units it did.
 
-    The first step, which also warms up, counts only when there is no other.
+    The first step, and the first of a second length (the short batch that ends an epoch), also warm up or compile: they count only where
+    there are no others, and take nothing of the time to measure in.
     """
-    began = time.monotonic()
-    first, done, started, now = 0, 0, began, began
-    for step, units in enumerate(work):
+    last = time.monotonic()
+    warming: dict[int, float] = {}
+    counted, spent = 0, 0.0
+    for units in work:
         now = time.monotonic()
-        done += units
-        if step == 0:
-            first, started = units, now
-        if now - began > MOST_SECONDS or done >= total:
+        seconds, last = now - last, now
+        if units in warming or len(warming) == 2:
+            counted, spent = counted + units, spent + seconds
+        else:
+            warming[units] = seconds
+        if spent > MOST_SECONDS or counted + sum(warming) >= total:
             break
-    if done > first:
-        return (now - started) * total / (done - first)
-    return (now - began) * total / done if done else 0.0
+    if not counted:
+        later = dict(list(warming.items())[1:])
+        those = later if sum(later) else warming
+        counted, spent = sum(those), sum(those.values())
+    return spent * total / counted if counted else 0.0
 
 
 def measure_growing(work: Iterator[int], total: int) -> float:

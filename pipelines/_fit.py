@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdprune_pipelines._console import Outcome, bar, count, say
+from kdprune_pipelines._console import Outcome, bar, count, duration, say
 from kdprune_pipelines._models import WEIGHTS, epoch_weights
 from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import LAST
@@ -182,10 +181,11 @@ def write_metrics(build: Build, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _line(row: Mapping[str, Any], epochs: int) -> str:
     val = "" if row["val_accuracy"] is None else f", val {row['val_accuracy']:.2%} (loss {row['val_loss']:.3f})"
-    return f"epoch {row['epoch']}/{epochs}: train {row['train_accuracy']:.2%} (loss {row['train_loss']:.3f}){val}"
+    train = "" if row["train_accuracy"] is None else f" {row['train_accuracy']:.2%}"  # without a label in the data there is none
+    return f"epoch {row['epoch']}/{epochs}: train{train} (loss {row['train_loss']:.3f}){val}"
 
 
-def outcome(folder: Path, made: Manifest, started: float) -> Outcome:
+def outcome(folder: Path, made: Manifest) -> Outcome:
     """What a training stage hands back."""
     try:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -197,6 +197,6 @@ def outcome(folder: Path, made: Manifest, started: float) -> Outcome:
     shown = f", val {val:.2%}{when}" if val is not None else ""
     text = (
         f"{folder}: {made.config['architecture']['name']}, {counts['parameters']:,} parameters, {count(counts['epochs'], 'epoch')}, "
-        f"{count(counts['steps'], 'step')} on {count(counts['samples'], 'sample')}{shown}; {time.monotonic() - started:.0f} s"
+        f"{count(counts['steps'], 'step')} on {count(counts['samples'], 'sample')}{shown}; made in {duration(made.made['seconds'])}"
     )
     return Outcome(folder, {"folder": str(folder), "counts": counts, "val_accuracy": val, "digest": made.digest}, text)

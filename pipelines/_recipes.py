@@ -20,7 +20,7 @@ from kdprune_data.errors import UsageError, first_line, unknown
 
 C = TypeVar("C", bound=Config)
 SUFFIX = ".toml"
-STAGES = ("import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "verify")
+ORDER = ("import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "verify")
 """The commands that a recipe may hold a section for, in the order of work."""
 CODE = ("model", "code")
 """Options that may name a function of the user's own to run: such a name is taken from the command line alone."""
@@ -77,7 +77,7 @@ def find(name: str) -> Recipe:
         recipe = Recipe(f"recipe {name!r}", name, text, tomllib.loads(text))
     else:
         raise UsageError(f"{unknown('recipe', name, names())}; a file of your own ends in {SUFFIX}")
-    check_sections(recipe, STAGES)
+    check_sections(recipe, ORDER)
     return recipe
 
 
@@ -128,7 +128,8 @@ class Settled:
 
 def settle(command: str, config: type[Config], given: Mapping[str, Any], file: Recipe | None = None) -> Settled:
     """The options of one command, lowest first: the recipe that `file` (kdprune.toml) names, `file` itself, the recipe that is given, what
-    is given (on the command line). Defaults are left to the caller; `recipe` itself is none of the result.
+    is given (on the command line). A layer that gives `epochs` and no `steps` ends the `steps` of those below it, which would outdo them.
+    Defaults are left to the caller; `recipe` itself is none of the result.
 
     Raises UsageError for what cannot be, and for a function to run that only a file names.
     """
@@ -139,12 +140,14 @@ def settle(command: str, config: type[Config], given: Mapping[str, Any], file: R
         *_named(below, command, config),
         (f"{'' if file is None else file.where} [{command}]", below),
         *_named(given, command, config),
+        ("", given),
     ):
+        if "epochs" in layer and "steps" not in layer:
+            values.pop("steps", None)
         values |= layer
         origins |= dict.fromkeys(layer, where)
-    values |= given
-    settled = Settled(values, {key: where for key, where in origins.items() if key not in given})
-    if command in STAGES:
+    settled = Settled(values, {key: where for key, where in origins.items() if key in values and key not in given})
+    if command in ORDER:
         values.pop("recipe", None)
     _refuse_functions(settled, config)
     return settled
@@ -152,7 +155,7 @@ def settle(command: str, config: type[Config], given: Mapping[str, Any], file: R
 
 def _named(values: Mapping[str, Any], command: str, config: type[Config]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The layer of the recipe that some options name, if they name one."""
-    name = values.get("recipe") if command in STAGES else None
+    name = values.get("recipe") if command in ORDER else None
     if name is None:
         return
     recipe = find(str(name))

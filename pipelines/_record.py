@@ -44,8 +44,11 @@ class Record:
             "overwrite": overwrite,
             "finished": False,
             "stages": [],
+            "replaced": [],
         }
         self._before = _read(self.path)
+        if overwrite and self._before and self._goes_on(self._before):
+            self.facts["replaced"] = list(self._before["replaced"])
 
     def begin(self) -> None:
         """Take the name. What another recipe recorded under it is kept beside. Raises UsageError when there can be no folder."""
@@ -57,17 +60,21 @@ class Record:
             self.path.replace(RUNS / f"{self.path.stem}-{before['recipe']['sha256'][:12]}.json")
         self._write()
 
+    def _goes_on(self, before: Mapping[str, Any]) -> bool:
+        """Whether this run continues the one recorded before, which replaces and was interrupted."""
+        return bool(before["overwrite"] and not before["finished"] and before["recipe"] == self.facts["recipe"])
+
     def replaced_already(self, title: str) -> bool:
-        """Whether the interrupted run that this one continues has itself made what the step makes: it is not to be replaced again."""
-        before = self._before
-        if not before or before["finished"] or not before["overwrite"] or before["recipe"] != self.facts["recipe"]:
-            return False
-        done = [one for one in before["stages"] if one["section"] == title and one["made"] and one["folder"]]
+        """Whether the interrupted runs that this one continues have made what the step makes: it is not to be replaced again."""
+        done = [one for one in self.facts["replaced"] if one["section"] == title]
         return any((Path(one["folder"]) / m.NAME).is_file() and Manifest.read(Path(one["folder"])).digest == one["digest"] for one in done)
 
     def add(self, title: str, command: str, config: Config, **facts: Any) -> None:
         """Note a step that is done; facts: `folder`, `digest`, `made`, `seconds` and `result`."""
         self.facts["stages"].append({"section": title, "command": command, "options": options_of(config)} | facts)
+        if self.facts["overwrite"] and facts["made"] and facts["folder"]:
+            others = [one for one in self.facts["replaced"] if one["section"] != title]
+            self.facts["replaced"] = [*others, {"section": title, "folder": facts["folder"], "digest": facts["digest"]}]
         self._write()
 
     def finish(self) -> None:
@@ -96,7 +103,9 @@ def _read(path: Path) -> Mapping[str, Any] | None:
         found = json.loads(path.read_bytes())
         if found["format"] != FORMAT or found["kind"] != "run" or not isinstance(found["recipe"]["sha256"], str):
             raise ValueError
-        keys = [(one["section"], one["folder"], one["digest"], one["made"]) for one in found["stages"]]
-        return found if isinstance(keys, list) and isinstance(found["finished"] and found["overwrite"], bool) else None
+        told = [one[key] for one in found["replaced"] for key in ("section", "folder", "digest")]
+        if not all(isinstance(one, str) for one in told) or not all(isinstance(found[key], bool) for key in ("finished", "overwrite")):
+            raise ValueError
+        return dict(found)
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is not a run record of this version: move it away, or give your recipe another name") from None

@@ -12,9 +12,14 @@ SCALARS = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
 class Board:
-    """Scalars of one run over its steps, in a folder of the run's name. Raises UsageError when that cannot be."""
+    """Scalars of one run over its steps, in a folder of the run's name; `made`: the folder of the model that is trained.
 
-    def __init__(self, folder: Path, name: str) -> None:
+    Raises UsageError when that cannot be, or would be a part of the model.
+    """
+
+    def __init__(self, folder: Path, name: str, made: Path) -> None:
+        if (folder / name).resolve().is_relative_to(made.resolve()):
+            raise UsageError(f"--tensorboard {folder}: {folder / name} is where {made} is to be written; give another folder")
         try:
             from torch.utils import tensorboard
         except ImportError:

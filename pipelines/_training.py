@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdprune_pipelines import _workspace
+from kdprune_pipelines._console import bar
 from kdprune_pipelines._models import WEIGHTS
 
 from kdprune_data.config import Config, option
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kdprune_data.learn.models import Architecture
     from kdprune_data.learn.policy import Crops, Policy
     from kdprune_data.learn.recipe import Recipe
+    from kdprune_data.learn.stream import Images
     from kdprune_data.learn.views import Normalisation
 
 LAST = "last.ckpt"
@@ -121,16 +123,31 @@ def inputs(data: Dataset, *others: Mapping[str, Any], val: Path | None) -> list[
     return [data.manifest.as_input("data"), *others, *validated]
 
 
+def normalisation(images: Images, jobs: int) -> Normalisation:
+    """That of the data: with progress, for large images take a while."""
+    from kdprune_data.learn.stream import NORMALISATION_SAMPLES, normalisation_of
+
+    with bar("normalisation", total=min(len(images.data.usable()), NORMALISATION_SAMPLES)) as progress:
+        return normalisation_of(images, threads=jobs, tick=progress.update)
+
+
 def setting(
-    recipe: Recipe, init: Path | None, *, architecture: Architecture, normalisation: Normalisation, policy: Policy, precision: str | None
+    recipe: Recipe | None,
+    init: Path | None,
+    *,
+    architecture: Architecture,
+    normalisation: Normalisation,
+    policy: Policy,
+    precision: str | None,
 ) -> dict[str, Any]:
-    """The part of a model's config that every model has. init: the file of first weights; precision: None where nothing is trained."""
+    """The part of a model's config that every model has. init: the file of first weights; recipe, precision: None where nothing is
+    trained."""
     return {
         "precision": precision,
         "architecture": architecture.to_dict(),
         "normalisation": normalisation.to_dict(),
         "policy": policy.to_dict(),
-        "recipe": recipe.to_dict(),
+        "recipe": None if recipe is None else recipe.to_dict(),
         "init": None if init is None else sha256_file(init),
     }
 

@@ -134,8 +134,8 @@ def _fill(caching: Caching, build: Build, there: int) -> None:
     classes = len(data.classes)
     spans = cached.ranges(there, config.views - 1, largest * (classes * np.dtype(DTYPES[config.dtype]).itemsize + 9))
     new = config.views - there
-    size = len(data.usable()) * new * classes * np.dtype(DTYPES[config.dtype]).itemsize
-    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')} on {caching.device}: about {megabytes(size)}")
+    size = megabytes(int(len(data.usable()) * new * _view_bytes(caching)))
+    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')} on {caching.device}: about {size}")
     covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
     wanted = [cached.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
     build.keep_only([*wanted, *(cached.rows_path(shard) for shard in shards)])
@@ -207,7 +207,7 @@ def _said(
 
     with evaluating(caching.net, caching.device) as net:
         for at, images in _decoded(caching, rows, batches):
-            for n, pixels in enumerate(_rendered(caching, images, [_slice(box, at) for box in boxes])):
+            for n, pixels in enumerate(_rendered(caching, images, [box.take(at) for box in boxes])):
                 full = net(caching.saved.normalisation.apply(pixels.to(caching.device))).float().cpu()
                 bad = caching.images.data.ids[rows[at[~torch.isfinite(full).all(1).numpy()]]]
                 if len(bad):
@@ -244,7 +244,7 @@ def _rendered(caching: Caching, images: Pixels | list[Pixels], boxes: Sequence[G
 
     def make(part: tuple[Geometry, NDArray[np.int64]]) -> torch.Tensor:
         box, at = part
-        return views.render(images[at[0] : at[-1] + 1], _slice(box, at), size)
+        return views.render(images[at[0] : at[-1] + 1], box.take(at), size)
 
     ready = prefetch(make, product(boxes, parts), threads)
     for _ in boxes:
@@ -255,10 +255,10 @@ def _rows(boxes: Geometry, logits: NDArray[np.floating]) -> ViewRows:
     return ViewRows(boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip, logits)
 
 
-def _slice(boxes: Geometry, at: NDArray[np.int64]) -> Geometry:
-    from kdprune_data.learn.views import Geometry
-
-    return Geometry(boxes.top[at], boxes.left[at], boxes.height[at], boxes.width[at], boxes.flip[at])
+def _view_bytes(caching: Caching) -> float:
+    """What a view of a sample takes: its logits, its box and its flip."""
+    side = 1 if caching.policy.kind == "pad-crop" else 2  # bytes of a box's four numbers: they reach as far as the images do
+    return len(caching.images.data.classes) * np.dtype(DTYPES[caching.config.dtype]).itemsize + 4 * side + 1 / 8
 
 
 def _estimate(caching: Caching, folder: Path, state: str) -> Outcome:
@@ -282,8 +282,7 @@ def _estimate(caching: Caching, folder: Path, state: str) -> Outcome:
 
     total = len(rows) * new
     seconds = measure_growing(work(), total) if new else 0.0
-    side = 1 if caching.policy.kind == "pad-crop" else 2  # bytes of a box's four numbers: they reach as far as the images do
-    each = len(data.classes) * np.dtype(DTYPES[config.dtype]).itemsize + 4 * side + 1 / 8
+    each = _view_bytes(caching)
     table = 0 if there else sum(len(one) + 48 for one in data.ids[rows])
     counts = {"sample": len(rows), "view": new}
     return Estimate(folder, state, counts, int(total * each) + table, seconds).outcome()

@@ -9,7 +9,6 @@ Writes `students/SUBSET--MODEL-aALPHA-sSEED`.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,6 @@ class Lesson:
 
 def run(config: DistillConfig) -> Outcome:
     """Train a student. Raises UsageError, MismatchError, FormatError and ExistsError."""
-    started = time.monotonic()
     config = _recipes.applied("distill", config)
     if config.epochs == 0 and config.steps is None:
         raise UsageError("--epochs 0 trains nothing: give at least 1")
@@ -73,18 +71,18 @@ def run(config: DistillConfig) -> Outcome:
     cache = None if found is None else LogitCache.open(found)
     from kdprune_data.learn import models  # which imports torch: after what a mistyped folder is told
     from kdprune_data.learn.inference import Predictor, choose_device
-    from kdprune_data.learn.stream import Images, normalisation_of
+    from kdprune_data.learn.stream import Images
 
     device = choose_device(config.device)
     lesson = _labels_only(config, data) if cache is None else _lesson(config, data, cache)
     images = Images(data)
     policy = lesson.views.policy
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
-    normalisation = normalisation_of(images)
     plain = config.model.replace(":", "-").replace("/", "-")
     derived = f"{data.manifest.name}--{plain}-a{lesson.alpha:g}-s{config.seed}"
     folder, name = _workspace.place(config.out, config.name, _workspace.STUDENTS, derived)
     init = _training.init_file(config.init, folder)
+    normalisation = _training.normalisation(images, config.jobs)
     settings = _training.setting(
         config.to_recipe(),
         init,
@@ -104,15 +102,15 @@ def run(config: DistillConfig) -> Outcome:
     if config.dry_run:
         validation = _fit.validation(val, data)
         return _preview.estimate(place, _job(config, lesson, images, student, validation), validation)
-    board = None if config.tensorboard is None else Board(config.tensorboard, name)
+    board = None if config.tensorboard is None else Board(config.tensorboard, name, folder)
     with Build.begin(folder, place.identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
-            return _fit.outcome(folder, build.done, started)
+            return _fit.outcome(folder, build.done)
         job = replace(_job(config, lesson, images, student, _fit.validation(val, data)), board=board)
         _fit.announce(config.model, job.training)
         made = build.seal(counts=_fit.train(job, build), classes=data.classes, content=data.manifest.content)
-    return _fit.outcome(folder, made, started)
+    return _fit.outcome(folder, made)
 
 
 def _labels_only(config: DistillConfig, data: Dataset) -> Lesson:

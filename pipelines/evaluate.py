@@ -64,6 +64,12 @@ def _weights(config: EvaluateConfig, saved: Saved) -> tuple[str, int]:
     return WEIGHTS, int(saved.manifest.counts["epochs"])
 
 
+def _ema(saved: Saved) -> float | None:
+    """The decay of the average that the weights are; None where they are none, or were adopted, of whose training nothing is known."""
+    found: float | None = (saved.manifest.config.get("recipe") or {}).get("ema")
+    return found
+
+
 def _facts(config: EvaluateConfig, saved: Saved, data: Dataset, found: Evaluation) -> dict[str, Any]:
     names = list(data.classes)
     file, epoch = _weights(config, saved)
@@ -72,7 +78,7 @@ def _facts(config: EvaluateConfig, saved: Saved, data: Dataset, found: Evaluatio
         "digest": saved.manifest.digest,
         "weights": file,
         "epoch": epoch,
-        "ema": saved.manifest.config.get("recipe", {}).get("ema"),
+        "ema": _ema(saved),
         "data": str(data.folder),
         "content": data.manifest.content,
         "samples": found.samples,
@@ -96,7 +102,7 @@ def _text(config: EvaluateConfig, saved: Saved, data: Dataset, found: Evaluation
     left = f"\n  (the {SHOWN_CLASSES} lowest of {there}; all with --json)" if there > len(shown) else ""
     top5 = "" if found.top5 is None else f"top-5 {found.top5:.2%}, "
     file, epoch = _weights(config, saved)
-    average = ", a moving average" if saved.manifest.config.get("recipe", {}).get("ema") is not None else ""
+    average = ", a moving average" if _ema(saved) is not None else ""
     when = f"after epoch {epoch}{average}" if epoch else "adopted"
     return (
         f"{config.model} on {data.folder} ({count(found.samples, 'sample')}): accuracy {found.accuracy:.2%}, {top5}"

@@ -31,10 +31,11 @@ from kdprune_pipelines import (
     teacher,
     verify,
 )
-from kdprune_pipelines._chain import REQUIRED, UNSET, USUAL, Link, Step, needs_scores, steps_of
+from kdprune_pipelines._chain import REQUIRED, needs_scores, steps_of
 from kdprune_pipelines._console import Outcome, duration, megabytes, quiet, say
 from kdprune_pipelines._recipes import Recipe
 from kdprune_pipelines._record import Record
+from kdprune_pipelines._steps import INPUTS, UNSET, USUAL, Link, Step, given
 
 from kdprune_data.config import Config, field_types, option
 from kdprune_data.errors import KdpruneError, UsageError
@@ -79,7 +80,7 @@ def run(config: RunConfig) -> Outcome:
     steps = steps_of(recipe, {command: one for command, (one, _) in STAGES.items()}, config.code)
     for step in steps:
         with _named(recipe, step):
-            _check(step, steps)
+            _check(step)
     chain = Chain(config, recipe, steps)
     return chain.estimate() if config.dry_run else chain.work()
 
@@ -93,7 +94,7 @@ def _named(recipe: Recipe, step: Step) -> Iterator[None]:
         raise type(error)(f"{recipe.where} {step.label}: {error}") from error
 
 
-def _check(step: Step, steps: Sequence[Step]) -> None:
+def _check(step: Step) -> None:
     """What would fail hours later for want of an input or a network, before any work. Raises UsageError."""
     config: Any = step.config
     for name in REQUIRED:
@@ -107,10 +108,10 @@ def _check(step: Step, steps: Sequence[Step]) -> None:
             _workspace.data(None, "test" if step.command == "evaluate" else "train", "--data")
         if step.command == "select" and needs_scores(config) and "scores" in _unmet(step) and not _workspace.candidates(_workspace.SCORES):
             raise UsageError(f"method {config.method} ranks by a score, and there are none in scores/: add a section [score]")
-    for name in ("data", "val", "teacher", "scores", "subset", "model", "artefact", "keys", "weights", "init"):
-        given = getattr(config, name, None)
-        if isinstance(given, Path) and given != UNSET and not given.exists() and not _will_be(given, steps):
-            raise UsageError(f"{name} = {str(given)!r} does not exist, and the recipe does not make it: give one that does")
+    for name in INPUTS:
+        path = given(config, name)
+        if path is not None and name not in step.links and not path.exists():
+            raise UsageError(f"{name} = {str(path)!r} does not exist, and no earlier step makes it: give one that does")
     if step.command in ("teacher", "distill") and ":" not in config.model:
         from kdprune_data.learn import models
 
@@ -120,12 +121,6 @@ def _check(step: Step, steps: Sequence[Step]) -> None:
 def _unmet(step: Step) -> set[str]:
     """The inputs that neither the section gives nor the recipe makes."""
     return {n for n in field_types(type(step.config)) if getattr(step.config, n) in (None, UNSET) and n not in step.links}
-
-
-def _will_be(path: Path, steps: Sequence[Step]) -> bool:
-    """Whether a step may make this: names of what is not made yet are not all known."""
-    made = {folder for step in steps for folder in (*step.splits.values(), step.folder) if folder}
-    return path in made or path.parent in {USUAL[step.command] for step in steps if step.command in USUAL}
 
 
 class Chain:
@@ -175,7 +170,8 @@ class Chain:
 
     def _filled(self, step: Step) -> Config:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""
-        config: Any = dataclasses.replace(step.config, **{name: self._made(link, step, name) for name, link in step.links.items()})
+        made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
+        config: Any = dataclasses.replace(step.config, **made)
         if "code" in field_types(type(config)) and config.code is None and self._config.code:
             folder = config.model if step.command == "evaluate" else config.teacher
             with quiet():

@@ -17,12 +17,12 @@ import numpy as np
 from kdprune_pipelines import _workspace
 from kdprune_pipelines._console import Outcome, bar, count, say
 from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
-from kdprune_pipelines._models import Saved, open_model
+from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.config import Config, option
-from kdprune_data.errors import SourceError, UsageError, some
+from kdprune_data.errors import FormatError, SourceError, UsageError, some
 from kdprune_data.formats import dynamics
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
@@ -75,14 +75,15 @@ class Scorer:
     @property
     def sources(self) -> dict[str, str]:
         """Which file of the teacher's each score comes from."""
-        final, recorded = "model.safetensors", f"dynamics of {len(self.saved.recorded_epochs)} epochs"
-        early = f"epoch-{self.saved.early_epoch:03d}.safetensors" if self.early is not None else final
+        final, recorded = WEIGHTS, f"dynamics of {len(self.saved.recorded_epochs)} epochs"
+        epoch = self.saved.early_epoch
+        early = final if epoch is None else epoch_weights(epoch)
         by_kind = {"final": final, "early": early, "dynamics": recorded}
         return {name: by_kind[score.source] for name, score in SCORES.items() if score.source != "dynamics" or name in self.past}
 
 
 def run(config: ScoreConfig) -> Outcome:
-    """Score a data set. Raises UsageError, MismatchError, SourceError and ExistsError."""
+    """Score a data set. Raises UsageError, MismatchError, SourceError, FormatError and ExistsError."""
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
     saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
     data.same_classes(saved.manifest.classes, str(saved.folder))
@@ -135,6 +136,12 @@ def _from_dynamics(saved: Saved, data: Dataset) -> dict[str, NDArray[np.float32]
         say("the teacher was trained on other data: forgetting, aum and correct are left out")
         return {}
     columns = [dynamics.read(saved.folder, epoch, ["uid", "correct", "logit_margin"]) for epoch in epochs]
+    for epoch, one in zip(epochs, columns, strict=True):
+        if not np.array_equal(one["uid"], columns[0]["uid"]):
+            raise FormatError(
+                f"{saved.folder / dynamics.path_of(epoch)} is not of the same samples, in the same order, as that of epoch {epochs[0]}: "
+                "make or fetch the teacher again"
+            )
     found = order.locate(columns[0]["uid"], data.uids[data.usable()])
     if (found < 0).any():
         say(f"the teacher was trained without {count(int((found < 0).sum()), 'sample')} of these: forgetting, aum and correct are left out")
@@ -198,7 +205,7 @@ def _scored(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[tu
         for rows, pixels in evaluation_batches(scorer.images, batches, size=size, threads=scorer.config.jobs):
             final, early = _outputs(scorer, rows, pixels)
             vectors = {"embedding": final.embedding, "logits": final.logits}
-            half = {n: v.cpu().clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16) for n, v in vectors.items()}
+            half = {n: v.clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16) for n, v in vectors.items()}
             yield _columns(final, early), half
 
 
@@ -228,11 +235,12 @@ def _outputs(scorer: Scorer, rows: NDArray[np.int64], pixels: torch.Tensor) -> t
     from kdprune_data.scores import Outputs
 
     images = scorer.saved.normalisation.apply(pixels.to(scorer.device))
-    labels = torch.from_numpy(scorer.images.data.labels[rows].astype(np.int64)).to(scorer.device)
+    labels = torch.from_numpy(scorer.images.data.labels[rows].astype(np.int64))
 
     def of(net: nn.Module) -> Outputs:
         embedding, logits = features(net, images)
-        return Outputs(logits, labels, embedding)
+        # Scores are computed in float64, which not every device has.
+        return Outputs(logits.cpu(), labels, embedding.cpu())
 
     final = of(scorer.final)
     return final, of(scorer.early) if scorer.early is not None else final
@@ -242,7 +250,7 @@ def _columns(final: Outputs, early: Outputs) -> Columns:
     from kdprune_data.scores import FROM_OUTPUTS
 
     by_source = {"final": final, "early": early}
-    return {name: score(by_source[SCORES[name].source]).float().cpu().numpy() for name, score in FROM_OUTPUTS.items()}
+    return {name: score(by_source[SCORES[name].source]).float().numpy() for name, score in FROM_OUTPUTS.items()}
 
 
 def _check_finite(columns: Columns, data: Dataset, rows: NDArray[np.int64]) -> None:

@@ -10,7 +10,6 @@ Writes `teachers/MODEL-sSEED`. With `--weights FILE --epochs 0`, no training: th
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +67,6 @@ class Setup:
 
 def run(config: TeacherConfig) -> Outcome:
     """Train or adopt a teacher. Raises UsageError, MismatchError, SourceError and ExistsError."""
-    started = time.monotonic()
     config = _recipes.applied("teacher", config)
     if (config.weights is None) != (config.epochs > 0 or config.steps is not None):
         raise UsageError("--epochs 0 adopts a teacher: it goes with --weights FILE, and --weights with it")
@@ -83,7 +81,7 @@ def run(config: TeacherConfig) -> Outcome:
     folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain}-s{config.seed}")
     init = _training.init_file(config.init, folder)
     settings = _training.setting(
-        setup.recipe,
+        None if config.weights else setup.recipe,
         init,
         architecture=setup.architecture,
         normalisation=setup.normalisation,
@@ -97,13 +95,13 @@ def run(config: TeacherConfig) -> Outcome:
     net = _training.begin_from(_network(config, setup), init or config.weights)
     if config.dry_run:
         return _estimate_only(config, setup, net, place, val)
-    board = None if config.tensorboard is None else Board(config.tensorboard, name)
+    board = None if config.tensorboard is None else Board(config.tensorboard, name, folder)
     with Build.begin(folder, place.identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
-            return _fit.outcome(folder, build.done, started)
+            return _fit.outcome(folder, build.done)
         made = _adopt(build, setup, net, val) if config.weights else _train(config, build, setup, net, val=val, board=board)
-    return _fit.outcome(folder, made, started)
+    return _fit.outcome(folder, made)
 
 
 def _setup(config: TeacherConfig, data: Dataset) -> Setup:
@@ -114,12 +112,12 @@ def _setup(config: TeacherConfig, data: Dataset) -> Setup:
     rows = data.usable()
     if (data.labels[rows] < 0).any():
         raise UsageError(f"{data.folder} has {int((data.labels[rows] < 0).sum()):,} samples without a label: a teacher learns from labels")
-    images = Images(data)
+    device, images = choose_device(config.device), Images(data)
     # A seed of its own: the views cached for a student of the same --seed would be the very crops that the teacher has learned from.
     seed = order.derived(config.seed, "views/teacher")
     policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=seed, crops=config.crops())
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
-    return Setup(data, images, architecture, _normalisation(config, images), policy, config.to_recipe(), choose_device(config.device))
+    return Setup(data, images, architecture, _normalisation(config, images), policy, config.to_recipe(), device)
 
 
 def _network(config: TeacherConfig, setup: Setup) -> nn.Module:
@@ -130,11 +128,10 @@ def _network(config: TeacherConfig, setup: Setup) -> nn.Module:
 
 
 def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
-    from kdprune_data.learn.stream import normalisation_of
     from kdprune_data.learn.views import Normalisation
 
     if not config.mean and not config.std:
-        return normalisation_of(images)
+        return _training.normalisation(images, config.jobs)
     if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
         raise UsageError("--mean and --std go together, each three times (red, green, blue), --std above 0")
     (mr, mg, mb), (sr, sg, sb) = config.mean, config.std

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from kdprune_data.errors import FormatError
@@ -52,19 +53,17 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def save(self, training: Training, partial: Partial | None = None) -> None:
-        """Save the state between two steps; in the middle of an epoch also what was gathered of it."""
+        """Save the state between two steps; in the middle of an epoch also what was gathered of it. Raises OSError that names the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = training.state()
         if training.within and partial is not None:
             tensors |= {PARTIAL + k: v.detach().cpu().contiguous() for k, v in partial.state().items()}
         name = f"state-{training.step:09d}.safetensors"
-        beside = self.folder / f".{name}.tmp"
-        save_file(tensors, beside)
-        facts = (self.run, training.epoch, training.within, training.seen, name, _sha256(beside), training.metrics)
-        beside.replace(self.folder / name)
-        note = self.folder / f".{NOTE}.tmp"
-        note.write_text(json.dumps(dict(zip(KEYS, facts, strict=True))), encoding="utf-8")
-        note.replace(self.folder / NOTE)
+        data = to_bytes(tensors)
+        _write(self.folder / name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        facts = (self.run, training.epoch, training.within, training.seen, name, digest, training.metrics)
+        _write(self.folder / NOTE, json.dumps(dict(zip(KEYS, facts, strict=True))).encode())
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -118,6 +117,18 @@ def state_file(folder: Path) -> Path:
     if not whole:
         raise FormatError(f"{file} is damaged, its bytes are not those that were written: give other weights")
     return file
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write beside the final name, then rename. Raises OSError that names the file: where there is no room, the system's own does not."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_bytes(data)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
+    beside.replace(path)
 
 
 def _sha256(path: Path) -> str:

@@ -67,7 +67,7 @@ def evaluation_batches(
     """(rows, uint8 images of shape (n, 3, size, size)) of each batch of rows, as they are evaluated."""
 
     def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
-        return some, views.evaluation(images.get(some), size)
+        return some, torch.cat([views.evaluation(images.get(some[at]), size) for at in images.few(some)])
 
     yield from prefetch(make, batches, threads)
 

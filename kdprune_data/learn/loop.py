@@ -27,7 +27,7 @@ from kdprune_data.learn.stream import Batch, Feed
 from kdprune_data.learn.views import Normalisation
 
 __all__ = ["Checkpoint", "Hooks", "LossOf", "Plan", "Recipe", "Training"]
-SAVE_EVERY = 20.0
+SAVE_EVERY = 5.0
 """Seconds between checkpoints, at least; what is learned does not depend on it."""
 SAVE_SHARE = 20.0
 """A checkpoint comes no sooner than this many times what the last one cost: at most a twentieth of the time goes into them."""
@@ -74,9 +74,10 @@ class Training:
         return self.model if self._average is None else self._average.module
 
     def run(self, loss_of: LossOf, hooks: Hooks, checkpoint: Checkpoint | None = None) -> None:
-        """Train to the end, from where the checkpoint stands. Raises KdpruneError, and sets `diverged`, when a number is no number."""
-        if checkpoint is not None and self.step == 0:
-            checkpoint.load(self, hooks.partial)
+        """Train to the end, saving now and then in the checkpoint. To go on from one, `load` it before.
+
+        Raises KdpruneError, and sets `diverged`, when a number is no number.
+        """
         for _ in self.steps(loss_of, hooks, checkpoint):
             pass
 
@@ -126,7 +127,7 @@ class Training:
         """One step."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.lr_at(self.step, self.recipe)
-        images = self.normalisation.apply(batch.images.to(self.device, non_blocking=True))
+        images = self.normalisation.apply(batch.images.to(self.device))
         moved = Batch(batch.rows, images, batch.labels.to(self.device), None if batch.logits is None else batch.logits.to(self.device))
         with self._compiling():
             logits = self._forward(images)
@@ -172,7 +173,8 @@ class Training:
         self._check(everything=True)
         last, rate = self.step == self.plan.steps, self.plan.lr_at(self.step - 1, self.recipe)
         row: dict[str, Any] = {"epoch": self.epoch + 1, "steps": self.step, "samples": self.seen, "lr": rate}
-        row |= {"train_loss": float(self._loss) / self.seen, "train_accuracy": float(self._right) / self.seen}
+        labelled = self._labelled()
+        row |= {"train_loss": float(self._loss) / self.seen, "train_accuracy": float(self._right) / labelled if labelled else None}
         row |= {"val_loss": None, "val_accuracy": None}
         if hooks.validate is not None and (last or hooks.validated is None or self.epoch + 1 in hooks.validated):
             row["val_loss"], row["val_accuracy"] = hooks.validate()
@@ -183,6 +185,14 @@ class Training:
             self.metrics.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         if hooks.after_epoch is not None:
             hooks.after_epoch(self.epoch, row)
+
+    def _labelled(self) -> int:
+        """Samples of the epoch so far that have a label."""
+        data = self.feed.images.data
+        if (data.labels[data.usable()] >= 0).all():
+            return self.seen
+        shown = self.feed.plan(self.epoch)[: self.within]
+        return sum(int((data.labels[rows] >= 0).sum()) for rows in shown)
 
     def _check(self, *, everything: bool = False) -> None:
         """Refuse to go on from a loss that is no number; with `everything`, from such weights and momentum too."""

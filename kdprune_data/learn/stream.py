@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -32,6 +33,8 @@ from kdprune_data.learn.views import Geometry, Normalisation, Pixels, Policy
 
 KEEP_BYTES = 2_000_000_000
 """Decoded images of one size are kept in memory up to this many bytes."""
+DECODED_BYTES = 32_000_000
+"""Images that are decoded to be rendered take about this much memory in each thread, or one image does: photographs are large."""
 NORMALISATION_SAMPLES = 10_000
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,28 +63,45 @@ class Images:
             self._there[row] = True
         return self._kept[rows]
 
+    def few(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Places in `rows`, in parts so small that the images of one take at most DECODED_BYTES, or are one image."""
+        largest = 3 * int(self.data.sizes[rows].astype(np.int64).prod(1).max(initial=1))
+        return list(order.batches(np.arange(len(rows)), max(1, DECODED_BYTES // largest)))
+
     def __reduce__(self) -> tuple[object, ...]:
         return (Images, (self.data,))
 
 
-def normalisation_of(images: Images) -> Normalisation:
-    """Mean and standard deviation per channel over the usable samples, or 10,000 of them chosen by hash, to 6 decimals."""
-    total, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+def normalisation_of(images: Images, *, threads: int = 1, tick: Callable[[int], None] | None = None) -> Normalisation:
+    """Mean and standard deviation per channel over the usable samples, or 10,000 of them chosen by hash, to 6 decimals.
+
+    `tick` gets the samples of each part done.
+    """
+    levels = np.zeros((3, 256), np.int64)
     rows = images.data.usable()
     # The first ones would not do: adopted shards may come class by class.
     by_hash = np.argsort(order.order_hash(images.data.uids[rows], 0, "normalisation"), kind="stable")
     rows = np.sort(rows[by_hash[:NORMALISATION_SAMPLES]])
-    for batch in order.batches(rows, 256):
-        for image in images.get(batch):
-            flat = image.reshape(-1, 3).astype(np.int64)
-            total += flat.sum(0)
-            squares += np.square(flat).sum(0)
-            pixels += len(flat)
-    mean = total / pixels
-    std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))
+    parts = [rows[at] for at in images.few(rows)]
+    for part, found in zip(parts, prefetch(lambda some: _levels(images.get(some)), parts, threads), strict=True):
+        levels += found
+        if tick is not None:
+            tick(len(part))
+    level, pixels = np.arange(256), levels[0].sum()
+    mean = levels @ level / pixels
+    std = np.sqrt(np.maximum(levels @ level**2 / pixels - mean**2, 1e-6))
     r, g, b = (round(float(v), 6) for v in mean / 255)
     sr, sg, sb = (round(float(v), 6) for v in std / 255)
     return Normalisation((r, g, b), (sr, sg, sb))
+
+
+def _levels(images: Pixels | list[Pixels]) -> NDArray[np.int64]:
+    """How many pixels have each level, in each channel: int64 of shape (3, 256). Whole numbers, so they add up alike in any order."""
+    # Images of one size are counted as one tall image. Pillow counts many times as fast as numpy, and without copies in wider numbers.
+    tall = [images.reshape(-1, *images.shape[2:])] if isinstance(images, np.ndarray) else images
+    counts = np.array([Image.fromarray(image).histogram() for image in tall], np.int64)
+    levels: NDArray[np.int64] = counts.sum(0).reshape(3, 256)
+    return levels
 
 
 class ViewSource(Protocol):
@@ -172,7 +192,8 @@ class Feed:
     def make(self, rows: NDArray[np.int64], epoch: int) -> Batch:
         """One batch."""
         boxes, logits = self.views.show(rows, epoch)
-        images = views.render(self.images.get(rows), boxes, self.views.policy.size)
+        size = self.views.policy.size
+        images = torch.cat([views.render(self.images.get(rows[at]), boxes.take(at), size) for at in self.images.few(rows)])
         labels = torch.from_numpy(self.images.data.labels[rows].astype(np.int64))
         return Batch(rows, images, labels, None if logits is None else torch.from_numpy(logits.astype(np.float32)))
 
@@ -222,6 +243,8 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
         super().__init__()
         if batch_size < 1:
             raise UsageError(f"batch_size {batch_size} is too small: at least 1")
+        if views is not None and views < 1:
+            raise UsageError(f"views {views} is too small: at least 1, or None for all")
         data = Dataset.open(subset)
         images = Images(data)
         # In shared memory: persistent workers hold a copy of this object, made before the next `set_epoch`.

@@ -34,6 +34,10 @@ class Geometry:
     width: NDArray[np.int32]
     flip: NDArray[np.bool_]
 
+    def take(self, at: NDArray[np.int64]) -> Geometry:
+        """The boxes of some of the samples, by place."""
+        return Geometry(self.top[at], self.left[at], self.height[at], self.width[at], self.flip[at])
+
 
 def geometry(policy: Policy, uids: NDArray[np.uint64], sizes: NDArray[np.int32], view: int) -> Geometry:
     """The boxes of one view. uids: uint64 of shape (n,); sizes: int32 of shape (n, 2), heights and widths."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kdprune_pipelines import _recipes
+from kdprune_pipelines.teacher import TeacherConfig
 
 Cli = Callable[..., Any]
 
@@ -85,6 +87,39 @@ def test_a_fraction_may_be_a_number_or_a_text(chain: Path, kdprune: Cli, tmp_pat
     (tmp_path / "kdprune.toml").write_bytes(text)
     ran = kdprune("select", "--dry-run", cwd=tmp_path)
     assert (ran.code, f"subsets/random-{frac}-s0 would be made" in ran.out) == (0, True), ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "epochs", "steps"),
+    [
+        ("steps = 9", {}, None, 9),
+        ("steps = 9\nepochs = 2", {}, 2, 9),  # in one place: as the command takes both
+        ("steps = 9", {"epochs": 3}, 3, None),
+        ("steps = 9", {"epochs": 3, "steps": 4}, 3, 4),
+        ("epochs = 2", {"steps": 4}, 2, 4),
+        ("steps = 9", {"recipe": "epochs.toml"}, 5, None),
+        ("recipe = 'steps.toml'\nepochs = 2", {}, 2, None),
+        ("recipe = 'epochs.toml'", {"recipe": "steps.toml"}, 5, 7),
+    ],
+)
+def test_epochs_put_an_end_to_steps_of_a_lower_layer(
+    tmp_path: Path, text: str, line: dict[str, Any], epochs: int | None, steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("epochs.toml").write_text("[teacher]\nepochs = 5\n")
+    Path("steps.toml").write_text("[teacher]\nsteps = 7\n")
+    Path("kdprune.toml").write_text(f"[teacher]\n{text}\n")
+    settled = _recipes.settle("teacher", TeacherConfig, line, _recipes.read(Path("kdprune.toml")))
+    assert (settled.values.get("epochs"), settled.values.get("steps")) == (epochs, steps)
+    assert ("steps" in settled.origins) == (steps is not None and "steps" not in line)
+
+
+def test_a_teacher_is_adopted_where_the_file_gives_steps(chain: Path, kdprune: Cli, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(chain / "data")
+    (tmp_path / "kdprune.toml").write_text("[teacher]\nsteps = 9\nmodel = 'resnet8'\n")
+    weights = chain / "teachers/resnet8-s0/model.safetensors"
+    ran = kdprune("teacher", "--weights", weights, "--epochs", "0", cwd=tmp_path)
+    assert ran.code == 0, ran.err
 
 
 def test_an_option_on_the_line_is_not_said_to_stand_in_the_file(chain: Path, kdprune: Cli, tmp_path: Path) -> None:

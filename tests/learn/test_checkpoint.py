@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdprune_data.errors import FormatError, KdpruneError
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.learn import checkpoint as module
 from kdprune_data.learn import loop, models
 from kdprune_data.learn.checkpoint import Checkpoint, state_file
 from kdprune_data.learn.dynamics import Recorder
@@ -52,6 +53,12 @@ def training(chain: Path, recipe: Recipe = RECIPE, model: str = "dropout") -> Tr
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.labels)
+
+
+def go_on(one: Training, hooks: Hooks, checkpoint: Checkpoint) -> None:
+    """To the end, from where the checkpoint stands, where it has a state."""
+    checkpoint.load(one, hooks.partial)
+    one.run(cross_entropy, hooks, checkpoint)
 
 
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -108,7 +115,7 @@ def test_an_interrupted_training_ends_the_same(chain: Path, tmp_path: Path, mode
         training(chain, recipe, model).run(cross_entropy, stopped.hooks(), checkpoint)
     torch.rand(17)
     second, watched = training(chain, recipe, model), Watched(108)
-    second.run(cross_entropy, watched.hooks(), checkpoint)
+    go_on(second, watched.hooks(), checkpoint)
     assert second.metrics == whole.metrics
     assert equal(second.state(), whole.state())
     assert all(undisturbed.taken[epoch] == found for epoch, found in (stopped.taken | watched.taken).items())
@@ -132,7 +139,7 @@ def test_it_goes_on_where_it_was(chain: Path, tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
         try:
-            one.run(cross_entropy, Hooks(observe=observe), checkpoint)
+            go_on(one, Hooks(observe=observe), checkpoint)
             break
         except KeyboardInterrupt:
             continue
@@ -150,7 +157,7 @@ def test_a_finished_checkpoint_has_nothing_left_to_do(chain: Path, tmp_path: Pat
     one.run(cross_entropy, Hooks(), checkpoint)
     checkpoint.save(one)
     again = training(chain)
-    again.run(lambda *_: pytest.fail("it trained"), Hooks(), checkpoint)
+    go_on(again, Hooks(observe=lambda *_: pytest.fail("it trained")), checkpoint)
     assert equal(again.state(), one.state())
 
 
@@ -182,9 +189,9 @@ def test_killed_while_a_checkpoint_is_written(chain: Path, tmp_path: Path, monke
     whole.run(cross_entropy, Hooks())
     checkpoint = stopped_at(chain, tmp_path, 5)
 
-    def half(tensors: dict[str, Tensor], path: Path) -> None:
-        save_file(tensors, path)
-        path.write_bytes(path.read_bytes()[:-100])
+    def half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:-100])
         raise KeyboardInterrupt
 
     def replaced(path: Path, target: Path) -> Path:
@@ -195,14 +202,30 @@ def test_killed_while_a_checkpoint_is_written(chain: Path, tmp_path: Path, monke
     rename = Path.replace
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         if killed == "tensors":
-            patched.setattr(module, "save_file", half)
+            patched.setattr(Path, "write_bytes", half)
         patched.setattr(Path, "replace", replaced)
         if killed == "noted":
             patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
-        training(chain).run(cross_entropy, Hooks(partial=Recorder(108)), checkpoint)
+        go_on(training(chain), Hooks(partial=Recorder(108)), checkpoint)
     again = training(chain)
-    again.run(cross_entropy, Hooks(partial=Recorder(108)), checkpoint)
+    go_on(again, Hooks(partial=Recorder(108)), checkpoint)
     assert equal(again.state(), whole.state())
+
+
+@pytest.mark.parametrize("room", [0, 100, 1000])
+def test_no_room_for_a_checkpoint(chain: Path, tmp_path: Path, room: int) -> None:
+    """The error names the file; nothing half written is left, and the state before is whole."""
+    checkpoint = stopped_at(chain, tmp_path, 5)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*state-000000006\.safetensors") as caught:
+            go_on(training(chain), Hooks(partial=Recorder(108)), checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def spoilt(folder: Path) -> Iterator[tuple[str, str]]:

@@ -199,6 +199,31 @@ def test_metrics_are_of_the_epoch(chain: Path) -> None:
         assert (row["val_loss"], row["val_accuracy"], row["epoch"], row["steps"]) == (1.25, 0.5, n + 1, 3 * n + 3)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("unlabelled", [0, 50, 108])
+def test_accuracy_is_among_the_samples_with_a_label(chain: Path, steps: int, unlabelled: int) -> None:
+    """In whole epochs and in one that --steps cuts short; null where no sample shown has one."""
+    one = training(chain, Recipe(steps=steps, batch=40), "dropout")
+    data = one.feed.images.data
+    vars(data)["labels"] = np.where(np.arange(108) < unlabelled, -1, data.labels)
+    shares: list[float] = []
+    right = labelled = 0
+
+    def observe(batch: Batch, z: Tensor) -> None:
+        nonlocal right, labelled
+        right, labelled = right + int((z.argmax(1) == batch.labels).sum()), labelled + int((batch.labels >= 0).sum())
+
+    def after_epoch(*_: object) -> None:
+        nonlocal right, labelled
+        shares.append(right / labelled if labelled else -1.0)
+        right = labelled = 0
+
+    one.run(lambda z, _: z.square().mean(), Hooks(observe=observe, after_epoch=after_epoch))
+    found = [-1.0 if row["train_accuracy"] is None else row["train_accuracy"] for row in one.metrics]
+    assert found == pytest.approx(shares, abs=1e-6)
+    assert (found == [-1.0] * len(found)) == (unlabelled == 108)
+
+
 @pytest.mark.parametrize(
     ("validated", "noted", "rows", "values"),
     [

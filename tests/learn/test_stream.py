@@ -16,7 +16,7 @@ from kdprune_data.errors import MismatchError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.images import decode
-from kdprune_data.learn import stream, views
+from kdprune_data.learn import inference, stream, views
 from kdprune_data.learn.stream import Batch, CachedViews, DrawnViews, Feed, Images, SoftLabelDataset, cached_views, normalisation_of
 from kdprune_data.learn.views import Policy
 
@@ -64,6 +64,63 @@ def test_images_of_several_sizes_come_as_a_list(tmp_path: Path, class_folders: P
     assert batch.images.shape == (30, 3, 12, 12)
     boxes = views.geometry(policy, data.uids[batch.rows], data.sizes[batch.rows], 0)
     assert torch.equal(batch.images, views.render([found[row] for row in batch.rows], boxes, 12))
+
+
+class Counting(Images):
+    """Images that note how many were asked for at a time."""
+
+    def __init__(self, data: Dataset) -> None:
+        super().__init__(data)
+        self.most = 0
+
+    def get(self, rows: np.ndarray) -> Any:
+        self.most = max(self.most, len(rows))
+        return super().get(rows)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("at_once", "most"), [(1, 1), (3 * 64, 1), (5 * 3 * 64, 5), (32_000_000, 60)])
+def test_few_images_are_decoded_at_a_time(chain: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, at_once: int, most: int) -> None:
+    """However large the batch, and with the same bytes: photographs are large, what they are rendered to is not."""
+    data = Dataset.open(chain / "data/train")
+    rows = np.arange(107, 47, -1)
+    boxes = views.geometry(DRAWN, data.uids[rows], data.sizes[rows], 1)
+    pixels = Images(data).get(rows)
+    monkeypatch.setattr(stream, "DECODED_BYTES", at_once)
+    monkeypatch.setattr(stream, "KEEP_BYTES", 10**9 if kept else 0)
+    for make, expected in (
+        (lambda images: Feed(images, DrawnViews(data, DRAWN), 60, 0).make(rows, 1).images, views.render(pixels, boxes, 8)),
+        (lambda images: next(inference.evaluation_batches(images, [rows], size=8))[1], views.evaluation(pixels, 8)),
+        (lambda images: next(inference.evaluation_batches(images, [rows], size=12))[1], views.evaluation(pixels, 12)),
+    ):
+        images = Counting(data)
+        assert torch.equal(make(images), expected)
+        assert images.most == most
+    images = Counting(data)
+    assert normalisation_of(images) == normalisation_of(Images(data))
+    assert images.most == (most if at_once < 10**6 else 108)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 11)], ids=["one size", "two sizes"])
+def test_normalisation_is_the_same_in_any_number_of_threads(
+    tmp_path: Path, kdprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, threads: int, sizes: tuple[int, int]
+) -> None:
+    """And it says how far it is."""
+    from PIL import Image
+
+    pixels = [np.random.default_rng(n).integers(0, 256, (sizes[n % 2], 9, 3), dtype=np.uint8) for n in range(7)]
+    for n, image in enumerate(pixels):
+        (tmp_path / f"photos/{n % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"photos/{n % 2}/{n}.png")
+    assert kdprune("import", tmp_path / "photos", cwd=tmp_path).code == 0
+    monkeypatch.setattr(stream, "DECODED_BYTES", 600)
+    ticks: list[int] = []
+    found = normalisation_of(Images(Dataset.open(tmp_path / "data/train")), threads=threads, tick=ticks.append)
+    flat = np.concatenate([image.reshape(-1, 3) for image in pixels]).astype(np.float64) / 255
+    assert found.mean == pytest.approx(flat.mean(0), abs=1e-6)
+    assert found.std == pytest.approx(flat.std(0), abs=1e-6)
+    assert (sum(ticks), len(ticks)) == (7, 4)
 
 
 def test_normalisation_of_is_the_mean_and_deviation_of_the_pixels(chain: Path) -> None:
@@ -280,6 +337,8 @@ def test_persistent_workers_hear_of_the_epoch(chain: Path) -> None:
     [
         ({"batch_size": 0}, "batch_size 0 is too small: at least 1"),
         ({"batch_size": -3}, "batch_size -3 is too small"),
+        ({"batch_size": 8, "views": 0}, "views 0 is too small: at least 1, or None for all"),
+        ({"batch_size": 8, "views": -1, "logits": None}, "views -1 is too small"),
         ({"batch_size": 8, "views": 4}, "has 3 views, 4 are asked for"),
         ({"batch_size": 8, "seed": -1}, "seed -1 is out of range"),
         ({"batch_size": 8, "logits": SUBSET}, "expected logits"),
@@ -289,8 +348,9 @@ def test_persistent_workers_hear_of_the_epoch(chain: Path) -> None:
 )
 def test_errors(chain: Path, settings: dict[str, Any], message: str) -> None:
     given = {"subset": SUBSET, "logits": CACHE} | settings
+    subset, cache = given.pop("subset"), given.pop("logits")
     with pytest.raises(UsageError, match=message):
-        next(iter(SoftLabelDataset(chain / given.pop("subset"), chain / given.pop("logits"), **given)))
+        next(iter(SoftLabelDataset(chain / subset, None if cache is None else chain / cache, **given)))
 
 
 def test_a_cache_of_other_samples_is_refused(chain: Path) -> None:

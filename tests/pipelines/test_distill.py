@@ -433,6 +433,26 @@ def test_other_images_under_the_same_ids_are_refused(tmp_path: Path, kdprune: Cl
     assert "was made of other data: the image of 2 samples of data/changed differs" in ran.err
 
 
+@pytest.mark.parametrize("labelled", [0, 40])
+def test_accuracy_counts_what_has_a_label(chain_copy: Path, kdprune: Cli, unlabelled: Path, labelled: int) -> None:
+    """A shard without labels, alone and after one with."""
+    (chain_copy / "names.txt").write_text("\n".join("0123456789"))
+    shards = [chain_copy / "data/train/shard-000001.tar", unlabelled] if labelled else [unlabelled]
+    for line in (
+        ["index", *shards, "--out", "data/bare", "--classes", "names.txt"],
+        ["cache", "data/bare", "--views", 1, "--name", "bare"],
+        ["distill", "data/bare", "--logits", "logits/bare", "--model", "resnet8", "--epochs", 2, "--alpha", 1, "--name", "s"],
+    ):
+        ran = kdprune(*line, cwd=chain_copy)
+        assert ran.code == 0, ran.err
+    assert ("train (loss" in ran.err) == (labelled == 0)
+    rows = [json.loads(line) for line in (chain_copy / "students/s/metrics.jsonl").read_text().splitlines()]
+    assert all((row["train_accuracy"] is None) == (labelled == 0) for row in rows)
+    right = [row["train_accuracy"] * labelled for row in rows if row["train_accuracy"] is not None]
+    assert right == pytest.approx([round(n) for n in right], abs=1e-3)
+    assert kdprune("verify", "students/s", cwd=chain_copy).code == 0
+
+
 def test_other_labels_under_the_same_ids_are_refused(chain_copy: Path, kdprune: Cli) -> None:
     """The same tars, in which one `.cls` says another class."""
     adopted = []

@@ -16,7 +16,7 @@ from kdprune_pipelines import _recipes
 from kdprune_pipelines.cache import CacheConfig
 from kdprune_pipelines.run import RunConfig, run
 
-from kdprune_data.errors import UsageError
+from kdprune_data.errors import KdpruneError, UsageError
 from kdprune_data.formats.manifest import Manifest
 
 Cli = Callable[..., Any]
@@ -229,11 +229,36 @@ def test_overwrite_replaces_and_goes_on_where_it_stopped(chain_copy: Path, kdpru
     assert Manifest.load(chain_copy / "subsets/random-0.5-s0").config["shard_samples"] == 20
     # As if it had been interrupted after the first step.
     found = record(chain_copy)
-    found |= {"finished": False, "stages": [found["stages"][0], found["stages"][3]]}
+    sections = [found["stages"][n]["section"] for n in (0, 3)]
+    found |= {"finished": False, "stages": [], "replaced": [one for one in found["replaced"] if one["section"] in sections]}
     (chain_copy / "runs/r.json").write_text(json.dumps(found))
     assert kdprune("run", name, "--overwrite", cwd=chain_copy).code == 0
     # The second student is of the second subset, which was made anew since, with the same bytes.
     assert [one["made"] for one in record(chain_copy)["stages"]] == [False, True, True, False]
+
+
+def test_overwrite_may_be_interrupted_more_than_once(chain_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second student cannot be made until the third run: what the first has replaced is replaced by none of them."""
+    monkeypatch.chdir(chain_copy)
+    (chain_copy / "logits/late").mkdir()
+    text = '[[select]]\nfrac = 0.5\nshard-samples = 30\n[[select]]\nfrac = 0.25\n[[distill]]\nname = "late"\nlogits = "logits/late"\n'
+    config = RunConfig(recipe=recipe(chain_copy, text + 'subset = "subsets/random-0.5-s0"\nsteps = 1\n'), overwrite=True)
+    stamps = []
+    for _ in range(2):
+        with pytest.raises(KdpruneError):
+            run(config)
+        stamps.append((chain_copy / "subsets/random-0.5-s0/manifest.json").stat().st_mtime_ns)
+    found = record(chain_copy)
+    assert [one["made"] for one in found["stages"]] == [False, False]
+    assert [set(one) for one in found["replaced"]] == [{"section", "folder", "digest"}] * 2
+    # As if it had been interrupted before its first step was done.
+    (chain_copy / "runs/r.json").write_text(json.dumps(found | {"stages": []}))
+    shutil.rmtree(chain_copy / "logits/late")
+    shutil.copytree(chain_copy / "logits/random-0.5-s0--resnet8-s0", chain_copy / "logits/late")
+    assert [one["made"] for one in run(config).facts["stages"]] == [False, False, True]
+    stamps.append((chain_copy / "subsets/random-0.5-s0/manifest.json").stat().st_mtime_ns)
+    assert len(set(stamps)) == 1
+    assert run(config).facts["stages"][0]["made"] is True  # a run that is done is not gone on with
 
 
 def test_a_fault_is_exit_1(chain_copy: Path, kdprune: Cli) -> None:
@@ -276,6 +301,67 @@ def test_one_step_for_each_of_what_the_recipe_makes(chain_copy: Path, kdprune: C
     assert [one["section"] for one in stages if one["command"] == stages[-1]["command"]] == labels
 
 
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ('[select]\nfrac=0.4\n[cache]\nsubset="subsets/random-0.4-s0"\n', ["[select]"]),
+        ('[select]\nfrac=0.4\n[cache]\nsubset="./subsets/../subsets/random-0.4-s0"\n', ["[select]"]),
+        ('[[teacher]]\nname="a"\n[[teacher]]\ninit="teachers/a/model.safetensors"\n', ["[[teacher]] 1"]),
+        ('[[teacher]]\nname="a"\n[[teacher]]\ninit="teachers/a"\n', ["[[teacher]] 1"]),
+        ('[teacher]\nname="a"\n[cache]\n[distill]\nteacher="teachers/a"\n', ["[teacher]", "[cache]"]),
+        (
+            '[[teacher]]\nname="a"\n[[teacher]]\nname="b"\n[cache]\n[distill]\nteacher="teachers/a"\n',
+            ["[[teacher]] 1", "[[teacher]] 2", "[cache] for teachers/a"],
+        ),
+        ('[select]\nfrac=0.4\nname="mine"\n[cache]\n[distill]\nlogits="logits/mine--resnet8-s0"\n', ["[select]", "[cache]"]),
+        ('[cache]\nviews=5\nname="more"\n[distill]\n', ["[cache]"]),
+        (
+            '[select]\nfrac=0.4\n[cache]\n[distill]\n[evaluate]\nmodel="students/random-0.4-s0--resnet20-a0.6592-s0"\n',
+            ["[select]", "[cache]", "[distill]"],
+        ),
+        ('[teacher]\nmodel="resnet14"\n[verify]\nartefact="teachers/resnet14-s0"\n', ["[teacher]"]),
+        ('[[distill]]\nalpha="0.9"\n[[distill]]\n', []),
+    ],
+)
+def test_what_waits_for_what(chain_copy: Path, kdprune: Cli, text: str, after: list[str]) -> None:
+    """Inputs may be named by the folders that earlier steps make; two sections that find them by convention find the same."""
+    ran = kdprune("run", recipe(chain_copy, text), "--dry-run", "--json", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    assert [one["after"] for one in json.loads(ran.out)["stages"] if "after" in one] == after
+
+
+def test_inputs_that_are_named_by_their_folders(chain_copy: Path, kdprune: Cli) -> None:
+    text = """
+[[teacher]]
+model = "resnet8"
+epochs = 1
+name = "a"
+
+[[teacher]]
+model = "resnet8"
+epochs = 1
+name = "b"
+init = "teachers/a/model.safetensors"
+
+[cache]
+subset = "subsets/random-0.5-s0"
+teacher = "teachers/b"
+views = 1
+
+[distill]
+model = "resnet8"
+steps = 1
+teacher = "teachers/b"
+name = "of-b"
+"""
+    ran = kdprune("run", recipe(chain_copy, text), cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    teachers, student = record(chain_copy)["stages"][:2], record(chain_copy)["stages"][3]
+    assert [one["options"]["init"] for one in teachers] == [None, "teachers/a/model.safetensors"]
+    assert student["options"]["logits"] == "logits/random-0.5-s0--b"
+    assert Manifest.load(chain_copy / student["folder"]).ancestor("teacher")["name"] == "b"
+
+
 # --- refused before any work
 
 BAD = [
@@ -303,15 +389,32 @@ BAD = [
     ("[teacher]\nmodel = 'mine:net'\n", "r.toml [teacher]: names the function 'mine:net' to run: functions are run only when named on the"),
     ("[score]\ncode = 'mine:net'\n", "r.toml [score]: names the function 'mine:net' to run"),
     ("[teacher]\nrecipe = 'smal'\n", "r.toml [teacher]: unknown recipe 'smal'; did you mean 'small'?"),
-    ("[teacher]\ndata = 'nowhere'\n", "r.toml [teacher]: data = 'nowhere' does not exist, and the recipe does not make it"),
+    ("[teacher]\ndata = 'nowhere'\n", "r.toml [teacher]: data = 'nowhere' does not exist, and no earlier step makes it"),
     ("[select]\nfrac = 0.5\n[distill]\nsubset = 'elsewhere/x'\n", "r.toml [distill]: subset = 'elsewhere/x' does not exist"),
     ("[evaluate]\ndata = 'data/test'\n", "r.toml [evaluate]: model is not given, and the recipe makes none"),
     ("[verify]\n", "r.toml [verify]: artefact is not given, and the recipe makes none"),
     ("[[select]]\nfrac = 0.5\n[[select]]\nfrac = 0.50\n", "r.toml: [[select]] 1 and [[select]] 2 would write subsets/random-0.5-s0 twice"),
     (
         "[[select]]\nfrac = 0.5\n[[select]]\nfrac = 0.1\n[distill]\nname = 'x'\n",
-        "r.toml: [distill], which runs several times, would write students/x twice: give each a name of its own",
+        "r.toml: [distill], which runs several times, would write students/x twice: write one section for each, with `subset` and `name`",
     ),
+    (
+        "[[teacher]]\n[[teacher]]\nseed = 1\n[select]\nfrac = 0.1\n[cache]\n[distill]\n",
+        "students/random-0.1-s0--resnet20-a0.*-s0 twice: write one section for each, with `logits` and `name`",
+    ),
+    (
+        "[teacher]\n[select]\nfrac = 0.05\n[cache]\n[[distill]]\n[[distill]]\nalpha = 0.90\n",
+        "[[distill]] 1 and [[distill]] 2 would write students/random-0.05-s0--resnet20-a0.9-s0 twice: give each a name of its own",
+    ),
+    (
+        "[teacher]\n[select]\nfrac = 0.1\n[cache]\n[[distill]]\n[[distill]]\nalpha = 0.9\n",
+        "[[distill]] 1 and [[distill]] 2 would write students/random-0.1-s0--resnet20-a0.9-s0 twice",
+    ),
+    (
+        "[teacher]\n[select]\nfrac = 1\n[cache]\n[distill]\nlogits = 'logits/typo'\n",
+        "r.toml [distill]: logits = 'logits/typo' does not exist",
+    ),
+    ("[[teacher]]\ninit = 'teachers/b'\n[[teacher]]\nname = 'b'\n", "r.toml [[teacher]] 1: init = 'teachers/b' does not exist"),
     (
         "[[import]]\nsource = 'digits'\n[[import]]\nsource = 'digits'\nout = 'b'\n[teacher]\n",
         'r.toml [teacher]: the recipe makes 2 train splits: say which with data = "FOLDER"',

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from kdprune_pipelines import _models
+from kdprune_pipelines import score as stage
 from safetensors.torch import load_file, save_file
 
 from kdprune_data.formats import dynamics
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.learn import models, views
 from kdprune_data.learn.stream import Images
@@ -155,6 +157,39 @@ def test_samples_that_the_teacher_never_saw_have_no_dynamics(chain_copy: Path, k
     assert ran.code == 0, ran.err
     assert "forgetting, aum and correct are left out" in ran.err
     assert Scores.open(chain_copy / "scores/test").columns == list(FROM_OUTPUTS)
+
+
+@pytest.mark.parametrize("change", ["two swapped", "one more"])
+def test_dynamics_of_other_samples_are_refused(chain_copy: Path, kdprune: Cli, change: str) -> None:
+    """Every epoch's must be of the same samples in the same order: they are joined by place."""
+    path = chain_copy / TEACHER / "dynamics/epoch-002.parquet"
+    table = pq.read_table(path)
+    order = [1, 0, *range(2, 108)] if change == "two swapped" else [*range(108), 5]
+    pq.write_table(table.take(order), path)
+    manifest = Manifest._parse(chain_copy / TEACHER / "manifest.json")
+    whole = [
+        File(f.path, (chain_copy / TEACHER / f.path).stat().st_size, sha256_file(chain_copy / TEACHER / f.path)) for f in manifest.files
+    ]
+    (chain_copy / TEACHER / "manifest.json").write_bytes(replace(manifest, files=whole).to_json())
+    ran = kdprune("score", "--name", "other", cwd=chain_copy)
+    said = "epoch-002.parquet is not of the same samples, in the same order, as that of epoch 1: make or fetch the teacher again"
+    assert (ran.code, said in ran.err) == (1, True), ran.err
+    assert not (chain_copy / "scores/other").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.current_accelerator(check_available=True) is None, reason="no accelerator here")
+def test_scores_are_computed_on_the_cpu(chain: Path) -> None:
+    """In float64, which not every accelerator has; the networks run on it."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    saved, data = _models.open_model(chain / TEACHER), Dataset.open(chain / "data/train")
+    net = saved.load(code=None).to(device).eval()
+    scorer = stage.Scorer(stage.ScoreConfig(), saved, Images(data), net, None, device, {})
+    pixels = views.evaluation(scorer.images.get(np.arange(20)), 8)
+    with torch.no_grad():
+        for out in stage._outputs(scorer, np.arange(20), pixels):
+            assert {one.device.type for one in (out.logits, out.labels, out.embedding)} == {"cpu"}
+            assert all(found(out).isfinite().all() for found in FROM_OUTPUTS.values())
 
 
 def test_what_does_not_decode_has_no_row(tmp_path: Path, kdprune: Cli, class_folders: Path) -> None:

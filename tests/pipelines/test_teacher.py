@@ -273,13 +273,14 @@ Checkpoint.save = counted
 """
 """Python that kills its process after the n-th of them."""
 WHILE = """
-save = checkpoint.save_file
-def torn(tensors, path):
-    save(tensors, path)
+from pathlib import Path
+write = Path.write_bytes
+def torn(path, data):
     if path.name == ".state-{n:09d}.safetensors.tmp":
-        os.truncate(path, 5000)
+        write(path, data[:5000])
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = torn
+    return write(path, data)
+Path.write_bytes = torn
 """
 """Python that kills its process in the middle of writing the state after step n."""
 DROPPING = """\
@@ -547,6 +548,13 @@ def test_tensorboard(workspace: Path, kdprune: Cli) -> None:
     assert not (workspace / "teachers/other").exists()
 
 
+@pytest.mark.parametrize("board", ["teachers", "./data/../teachers", "teachers/resnet8-s0", "teachers/resnet8-s0/boards"])
+def test_tensorboard_does_not_write_into_the_model(workspace: Path, kdprune: Cli, board: str) -> None:
+    ran = kdprune(*LINE, "--tensorboard", board, cwd=workspace)
+    assert (ran.code, "resnet8-s0 is where teachers/resnet8-s0 is to be written; give another folder" in ran.err) == (2, True), ran.err
+    assert not (workspace / "teachers").exists()
+
+
 def test_tensorboard_is_an_extra(workspace: Path, started: Cli) -> None:
     """Without the package (importing it fails) it says what to install, before anything is made."""
     running = started(*LINE, "--tensorboard", "boards", cwd=workspace, first="import sys; sys.modules['tensorboard'] = None")
@@ -653,12 +661,26 @@ def test_weights_are_adopted(chain: Path, workspace: Path, kdprune: Cli, name: s
     manifest = Manifest.load(workspace / TEACHER)
     assert manifest.counts | {"steps": 0, "epochs": 0} == manifest.counts
     assert manifest.config["policy"]["seed"] == order.derived(0, "views/teacher")
-    assert manifest.config["precision"] is None
+    assert (manifest.config["precision"], manifest.config["recipe"]) == (None, None)
     assert [f.path for f in manifest.files] == ["metrics.jsonl", "model.safetensors"]
     (row,) = [json.loads(line) for line in (workspace / TEACHER / "metrics.jsonl").read_text().splitlines()]
     trained = json.loads((chain / TEACHER / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["val_accuracy"] == pytest.approx(trained["val_accuracy"], abs=1e-6)
     assert row["val_loss"] == pytest.approx(trained["val_loss"], abs=1e-5)
+
+
+def test_what_an_adopted_teacher_was_trained_with_is_not_known(chain: Path, workspace: Path, kdprune: Cli) -> None:
+    """Settings of training are none of its own: they make no other teacher, and nothing tells them of it."""
+    some_weights(chain, workspace / "given.pth")
+    line = ["teacher", "--model", "resnet8", "--weights", "given.pth", "--epochs", 0]
+    assert kdprune(*line, "--ema", "0.9", cwd=workspace).code == 0
+    again = kdprune(*line, "--lr", "0.5", cwd=workspace)
+    assert (again.code, "already done" in again.err) == (0, True), again.err
+    told = kdprune("evaluate", TEACHER, cwd=workspace)
+    assert (told.code, "model.safetensors (adopted)" in told.out) == (0, True), told.err
+    assert json.loads(kdprune("evaluate", TEACHER, "--json", cwd=workspace).out)["ema"] is None
+    assert kdprune("info", TEACHER, cwd=workspace).code == 0
+    assert kdprune("verify", TEACHER, cwd=workspace).code == 0
 
 
 def test_an_adopted_teacher_has_no_dynamics_and_no_early_epoch(chain: Path, workspace: Path, kdprune: Cli) -> None:
