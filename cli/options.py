@@ -94,7 +94,9 @@ def _paths(name: str) -> Callable[[click.Context, click.Parameter, str], list[Co
 def _run(name: str, config: type[Config], run: Callable[[Any], Outcome], given: dict[str, Any]) -> Outcome:
     """Run a stage with what was given on the command line over what stands in files; messages say where an option stands."""
     on_the_line = {key: value for key, value in given.items() if value is not None and value != ()}
-    settled = _recipes.settle(name, config, on_the_line, _workspace_settings())
+    workspace = _workspace_settings()
+    _check_arguments(name, config, workspace)
+    settled = _recipes.settle(name, config, on_the_line, workspace)
     detail(f"{name}: {', '.join(f'{key} = {value}' for key, value in settled.values.items()) or 'all defaults'}")
     try:
         return run(config.from_dict(settled.values))
@@ -103,6 +105,16 @@ def _run(name: str, config: type[Config], run: Callable[[Any], Outcome], given: 
         if not where:
             raise
         raise type(error)(f"{error}{where}") from error
+
+
+def _check_arguments(name: str, config: type[Config], workspace: _recipes.Recipe | None) -> None:
+    """Refuse in `kdprune.toml` what a command always takes from its line: it would be ignored there."""
+    always = {f.name for f in dataclasses.fields(config) if f.metadata and f.metadata["argument"] and f.default is dataclasses.MISSING}
+    if workspace is None:
+        return
+    for table in workspace.tables(name):
+        if given := sorted(always & {key.replace("-", "_") for key in table}):
+            raise UsageError(f"{workspace.where} [{name}] gives {given[0]!r}, which is given on the command line: take it out")
 
 
 def _workspace_settings() -> _recipes.Recipe | None:

@@ -53,6 +53,13 @@ STAGES: dict[str, tuple[type[Config], Callable[[Any], Outcome]]] = {
     "verify": (verify.VerifyConfig, verify.run),
 }
 
+OWN_ADVICE = re.compile(r"use --(?:name|out) \S+ for another, or --overwrite to replace it$")
+RUN_ADVICE = (
+    "give its section another `name` or `out` (where it runs several times: write a section for each), or remove that folder; "
+    "run --overwrite would replace every step's"
+)
+"""A stage's advice on a folder that was made with other settings, and what it comes to in a recipe."""
+
 
 @dataclass(frozen=True)
 class RunConfig(Config):
@@ -91,7 +98,7 @@ def _named(recipe: Recipe, step: Step) -> Iterator[None]:
     try:
         yield
     except KdpruneError as error:
-        raise type(error)(f"{recipe.where} {step.label}: {error}") from error
+        raise type(error)(f"{recipe.where} {step.label}: {OWN_ADVICE.sub(RUN_ADVICE, str(error))}") from error
 
 
 def _check(step: Step) -> None:

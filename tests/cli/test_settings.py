@@ -127,3 +127,10 @@ def test_an_option_on_the_line_is_not_said_to_stand_in_the_file(chain: Path, kdp
     (tmp_path / "kdprune.toml").write_text("[select]\nkeep = 'hard'\n")
     said = refusal(kdprune, tmp_path, "--frac", "0.5", "--keep", "easy")
     assert "kdprune.toml" not in said
+
+
+@pytest.mark.parametrize(("command", "key"), [("import", "source"), ("index", "shards"), ("info", "artefact"), ("evaluate", "model")])
+def test_what_is_always_on_the_line_is_not_taken_from_a_file(kdprune: Cli, tmp_path: Path, command: str, key: str) -> None:
+    (tmp_path / "kdprune.toml").write_text(f"[{command}]\n{key} = 'x'\n")
+    ran = kdprune(command, "y", cwd=tmp_path)
+    assert (ran.code, f"kdprune.toml [{command}] gives '{key}', which is given on the command line: take it out" in ran.err) == (2, True)

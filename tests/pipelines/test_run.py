@@ -571,3 +571,10 @@ def test_in_python(chain_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (outcome.facts["record"], outcome.ok) == ("runs/three.json", True)
     with pytest.raises(UsageError, match="which recipe"):
         run(RunConfig())
+
+
+def test_a_step_made_with_other_settings_says_what_a_recipe_can_do(chain_copy: Path, kdprune: Cli) -> None:
+    text = "[[select]]\nfrac = 0.1\nname = 'few'\n"
+    assert kdprune("run", recipe(chain_copy, text), cwd=chain_copy).code == 0
+    ran = kdprune("run", recipe(chain_copy, text + "balance = 'none'\n"), cwd=chain_copy)
+    assert (ran.code, "give its section another `name` or `out`" in ran.err, "use --name" in ran.err) == (2, True, False)
