@@ -53,7 +53,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     "unknown method 'randm'; did you mean 'random'? known: el2n, random"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1) or [n for n in names if n.lower() == name.lower()]
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return UsageError(f"unknown {what} {name!r}{hint} known: {', '.join(names)}")
 

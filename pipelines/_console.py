@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
+from kdprune_data.errors import some
 from kdprune_data.formats.journal import LOGGER
 
 T = TypeVar("T")
@@ -80,6 +81,14 @@ def say(line: str) -> None:
     LOGGER.info(line, extra={"said": shown})
     if shown:
         _tell(line)
+
+
+def say_unusable(ids: Sequence[str]) -> None:
+    """Which samples do not decode; with `-v` all of them."""
+    if ids:
+        say(f"{count(len(ids), 'sample')} that do not decode, carried along but never used: {some(ids, 10)}")
+        for one in ids:
+            detail(f"does not decode: {one}")
 
 
 def detail(line: str) -> None:

@@ -88,6 +88,8 @@ def _folder() -> Any:
 def check_sections(recipe: Recipe, known: Collection[str]) -> None:
     """Raise UsageError for a section of no command, or for what stands outside a section."""
     for section, values in recipe.sections.items():
+        if section not in known and not isinstance(values, dict | list):
+            raise UsageError(f"{recipe.where}: {section} = {_short(values)} stands outside a section: write it under its command's")
         if section not in known:
             raise unknown(f"section of {recipe.where}", section, known)
         if not all(isinstance(one, dict) for one in recipe.tables(section)) or values == []:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from kdprune_pipelines._console import Outcome, count, megabytes, say, track
+from kdprune_pipelines._console import Outcome, count, megabytes, say, say_unusable, track
 from kdprune_pipelines._importing import Place, Plan, Shares, estimate, holdout_rate
 from kdprune_pipelines._workspace import DATA, check_classes
 
@@ -226,6 +226,7 @@ def _in_order(source: Source, shuffle: Shuffle | None) -> Iterator[tuple[int, It
 
 
 def _seal(build: Build, split: str, index: pa.Table, names: list[str], classes: Sequence[str], kinds: set[str]) -> Manifest:
+    say_unusable(indexing.unusable(index))
     facts = indexing.write_index(build, index, classes, names)
     card = Card(split, split, sorted(kinds & set(EXTENSIONS)), facts.counts["labelled"] > 0)
     build.write("README.md", dataset_card(card, facts.counts, classes).encode())

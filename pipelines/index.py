@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from kdprune_pipelines._console import Outcome, bar, count, say, track
+from kdprune_pipelines._console import Outcome, bar, count, say, say_unusable, track
 from kdprune_pipelines._estimate import Estimate, look, measure
 from kdprune_pipelines._workspace import DATA, check_classes
 
@@ -132,6 +132,7 @@ def _write(work: Work, build: Build) -> Manifest:
     classes = _classes(work, adopt.labels_met(rows, work.paths))
     index = adopt.numbered(pa.concat_tables(rows).combine_chunks(), classes)
     _check(work, index, classes)
+    say_unusable(indexing.unusable(index))
     facts = indexing.write_index(build, index, classes.names, indexing.shard_names(work.paths))
     outside = [_file(path, shard.sha256) for path, shard in zip(work.paths, shards, strict=True)]
     return build.seal(counts=facts.counts, classes=classes.names, content=facts.content, outside=outside)

@@ -26,6 +26,7 @@ def test_the_tree_is_the_one_drawn_at_the_top() -> None:
     ("name", "known", "message"),
     [
         ("el2m", ["el2n", "aum"], "unknown score 'el2m'; did you mean 'el2n'? known: aum, el2n"),
+        ("EL2N", ["el2n", "aum"], "unknown score 'EL2N'; did you mean 'el2n'? known: aum, el2n"),
         ("zzz", ["el2n", "aum"], "unknown score 'zzz'; known: aum, el2n"),
         ("", [], "unknown score ''; known: "),
     ],

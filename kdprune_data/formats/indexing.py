@@ -129,6 +129,13 @@ def write_index(build: Build, index: pa.Table, classes: Sequence[str], shard_nam
     return Facts(counts, m.content_of(ids, digests_of(index["sha256"]), labels))
 
 
+def unusable(index: pa.Table) -> list[str]:
+    """The ids of the samples that do not decode, in tar order."""
+    ok = index["ok"].to_numpy(zero_copy_only=False)
+    found: list[str] = index["id"].take(pa.array(np.flatnonzero(~ok))).to_pylist()
+    return found
+
+
 def shard_names(paths: Sequence[Path]) -> list[str]:
     """What `sizes.json` calls the shards: by their files' names, with the shard's number before it where several files share one."""
     names = [p.name for p in paths]

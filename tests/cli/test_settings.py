@@ -14,6 +14,7 @@ Cli = Callable[..., Any]
 
 REFUSED: list[tuple[bytes, str]] = [
     (b"[selekt]\n", "unknown section of kdprune.toml 'selekt'; did you mean 'select'?"),
+    (b"model = 'resnet8'\n", "kdprune.toml: model = 'resnet8' stands outside a section: write it under its command's"),
     (b"[select]\nfrak = 1\n", "unknown option in [select] of kdprune.toml 'frak'; did you mean 'frac'?"),
     (b"[select]\nfrac = [0.1, 0.2]\n", "kdprune.toml [select]: option 'frac' is [0.1, 0.2]: expected a text"),
     (b"[select]\nfrac = 1979-05-27T07:32:00Z\n", "kdprune.toml [select]: option 'frac' is datetime.datetime(1979, 5, 27"),

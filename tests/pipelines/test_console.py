@@ -145,3 +145,9 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         started = time.monotonic()
         fcntl.flock(file, fcntl.LOCK_EX)
     assert time.monotonic() - started < 30
+
+
+def test_samples_that_do_not_decode_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    _console.say_unusable([])
+    _console.say_unusable(["a", "b"])
+    assert capsys.readouterr().err == "2 samples that do not decode, carried along but never used: 'a', 'b'\n"

@@ -236,8 +236,9 @@ def test_bad_images_stop_the_import_naming_the_file(with_bad: Path, tmp_path: Pa
     assert not (tmp_path / "train").exists()
 
 
-def test_bad_images_are_kept_unused_when_asked(with_bad: Path, tmp_path: Path) -> None:
+def test_bad_images_are_kept_unused_when_asked(with_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(with_bad, tmp_path / "train", on_bad="keep")
+    assert "3 samples that do not decode, carried along but never used: 'digit-0/bad-" in capsys.readouterr().err
     read = Dataset.open(tmp_path / "train")
     bad = {f"digit-0/bad-{n}": (with_bad / "digit-0" / f"bad-{n}.png").read_bytes() for n in range(3)}
     assert {i: read.image_bytes(n) for n, i in enumerate(read.ids.tolist()) if not read.ok[n]} == bad
