@@ -101,7 +101,7 @@ EMPTY: list[tuple[list[str], str]] = [
     (["import", "nowhere"], "nowhere"),
     (["import", "digits", "--split", "dev"], "'dev' is not one of 'train', 'val', 'test'"),
     (["import", "digits", "--split", "val"], "digits has no split 'val'"),
-    (["import", "digits", "--holdout", "0"], "fraction 0 is out of range"),
+    (["import", "digits", "--holdout", "0"], "--holdout 0 is no fraction to set apart as val"),
     (["import", "digits", "--holdout", "1"], "--holdout 1 sets 1,438 of 1,438 samples apart: train and val need at least one each"),
     (["import", "digits", "--holdout", "0.1", "--split", "test"], "--holdout goes with --split train"),
     (["index"], "Missing argument 'SHARDS...'"),
