@@ -264,7 +264,7 @@ BAD_SETTINGS = [
     ("[teacherr]\nepochs = 3\n", "unknown section of kdprune.toml 'teacherr'; did you mean 'teacher'?"),
     ("[select]\nfraction = 0.5\n", "unknown option in [select] of kdprune.toml 'fraction'; did you mean 'frac'?"),
     ("[select]\nfrac = \n", "kdprune.toml cannot be read"),
-    ("frac = 0.5\n", "unknown section of kdprune.toml 'frac'"),
+    ("frac = 0.5\n", "kdprune.toml: frac = 0.5 stands outside a section: write it under its command's"),
     ("select = 0.5\n", "kdprune.toml: select = 0.5 stands outside a section"),
     ('[select]\nseed = "three"\n', "option 'seed' is 'three': expected a whole number"),
     ("[select]\nseed = 1.5\n", "option 'seed' is 1.5: expected a whole number"),

@@ -366,7 +366,7 @@ name = "of-b"
 
 BAD = [
     ("", "r.toml has no section"),
-    ("frac = 0.5\n", "unknown section of r.toml 'frac'"),
+    ("frac = 0.5\n", "r.toml: frac = 0.5 stands outside a section: write it under its command's"),
     ("select = 5\n", "r.toml: select = 5 stands outside a section"),
     ("select = []\n", "r.toml: select = [] stands outside a section"),
     ("select = [1]\n", "r.toml: select = [1] stands outside a section"),
