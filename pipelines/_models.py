@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 
 
+def plain(model: str) -> str:
+    """A model's name as it stands in the names of folders: `timm/NAME` and `package.module:function` too.
+
+    >>> plain("timm/vit_tiny"), plain("mine:net")
+    ('timm-vit_tiny', 'mine-net')
+    """
+    return model.replace(":", "-").replace("/", "-")
+
+
 def epoch_weights(epoch: int) -> str:
     """The file that holds the weights after an epoch, counted from 1."""
     return f"epoch-{epoch:03d}.safetensors"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdprune_pipelines import _workspace
+from kdprune_pipelines._models import plain
 
 from kdprune_data import order
 from kdprune_data.config import Config
@@ -152,7 +153,7 @@ def name_of(step: Step, made: Sequence[Step]) -> str:
     def of(option: str) -> str:
         return _input_name(found_of(step, option), made)
 
-    model = str(getattr(config, "model", "")).replace(":", "-").replace("/", "-")
+    model = plain(str(getattr(config, "model", "")))
     match step.command:
         case "teacher":
             return f"{model}-s{config.seed}"

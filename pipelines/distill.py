@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kdprune_pipelines import _fit, _preview, _recipes, _training, _workspace
 from kdprune_pipelines._console import Outcome, say
 from kdprune_pipelines._fit import Validation
+from kdprune_pipelines._models import plain
 from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import TrainingConfig
 
@@ -78,8 +79,7 @@ def run(config: DistillConfig) -> Outcome:
     images = Images(data)
     policy = lesson.views.policy
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
-    plain = config.model.replace(":", "-").replace("/", "-")
-    derived = f"{data.manifest.name}--{plain}-a{lesson.alpha:g}-s{config.seed}"
+    derived = f"{data.manifest.name}--{plain(config.model)}-a{lesson.alpha:g}-s{config.seed}"
     folder, name = _workspace.place(config.out, config.name, _workspace.STUDENTS, derived)
     init = _training.init_file(config.init, folder)
     normalisation = _training.normalisation(images, config.jobs)

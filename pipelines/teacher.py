@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kdprune_pipelines import _estimate, _fit, _preview, _recipes, _training, _workspace
 from kdprune_pipelines._console import Outcome, say
 from kdprune_pipelines._fit import Validation
-from kdprune_pipelines._models import WEIGHTS
+from kdprune_pipelines._models import WEIGHTS, plain
 from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import TrainingConfig
 
@@ -77,8 +77,7 @@ def run(config: TeacherConfig) -> Outcome:
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
     val = _workspace.optional_data(config.val, "val")
     setup = _setup(config, data)
-    plain = config.model.replace(":", "-").replace("/", "-")
-    folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain}-s{config.seed}")
+    folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain(config.model)}-s{config.seed}")
     init = _training.init_file(config.init, folder)
     settings = _training.setting(
         None if config.weights else setup.recipe,
