@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -47,7 +47,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            _check(field, getattr(self, field.name), self.shown)
+
+    @staticmethod
+    def shown(name: str) -> str:
+        """How messages spell an option."""
+        return f"--{name.replace('_', '-')}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -66,7 +71,7 @@ class Config:
                 raise unknown("option", key, types_of)
         found = {key: _coerce(key, value, types_of[key]) for key, value in values.items()}
         for key, value in found.items():
-            _check(fields[key], value)
+            _check(fields[key], value, cls.shown)
         return found
 
 
@@ -110,8 +115,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check(field: Field[Any], value: Any) -> None:
-    limits, name = field.metadata, f"--{field.name.replace('_', '-')}"
+def _check(field: Field[Any], value: Any, shown: Callable[[str], str]) -> None:
+    limits, name = field.metadata, shown(field.name)
     if limits.get("values") and value and len(value) != len(limits["values"].split()):
         raise UsageError(f"option {field.name!r} is {_shown(list(value))}: expected {len(limits['values'].split())} ({limits['values']})")
     for item in value if isinstance(value, tuple) else (value,):
@@ -130,3 +135,62 @@ def _check(field: Field[Any], value: Any) -> None:
             raise UsageError(f"{name} {item} is too large: at most {most:,}")
         if limits.get("check"):
             limits["check"](item)
+
+
+@dataclass(frozen=True)
+class Settings(Config):
+    """Settings of one method or score, given as `--set name=value`."""
+
+    @staticmethod
+    def shown(name: str) -> str:
+        """How messages spell a setting."""
+        return f"--set {name}"
+
+    @classmethod
+    def parse(cls, of: str, given: Mapping[str, str], **others: Any) -> Self:
+        """Settings from texts, each read as its field's type; `others` are given as they are. `of`: whose they are, for messages.
+
+        Raises UsageError for a name that `of` has not, or a text that is no such value.
+        """
+        types_of = {name: kind for name, kind in field_types(cls).items() if name not in others}
+        for name in given:
+            if name not in types_of:
+                raise (
+                    unknown(f"setting of {of}", name, types_of) if types_of else UsageError(f"{of} has no settings: leave out --set {name}")
+                )
+        return cls(**{name: _read(name, text, types_of[name]) for name, text in given.items()}, **others)
+
+    def own(self) -> dict[str, Any]:
+        """The values, by name, as a manifest keeps them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def pairs(texts: Iterable[str]) -> dict[str, str]:
+    """`name=value` texts as a mapping. Raises UsageError for one that is none, or a name that is given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (name and equals):
+            raise UsageError(f"--set {text} is no setting: give name=value")
+        if name in found:
+            raise UsageError(f"--set {name} was given twice ({found[name]} and {value}): give it once")
+        found[name] = value.strip()
+    return found
+
+
+def _read(name: str, text: str, kind: tuple[type, bool, bool]) -> Any:
+    """A text as a value of a field's type; `auto` is None where that may be."""
+    plain, optional, _ = kind
+    if optional and text == "auto":
+        return None
+    if plain is bool and text in ("true", "false"):
+        return text == "true"
+    if plain is str:
+        return text
+    try:
+        if plain in (int, float):
+            return plain(text)
+    except ValueError:
+        pass
+    raise UsageError(f"--set {name}={text}: expected {WORDS[plain]}" + (", or auto" if optional else ""))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.formats.shards import Limits
 from kdprune_data.selectors.base import BALANCES, ENDS
+from kdprune_data.selectors.ranked import RankedParams
 from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import foreign
 
@@ -197,9 +198,14 @@ def _pick(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64], 
     if choice.rows is not None:
         found = Picks(parent, candidates, np.searchsorted(candidates, choice.rows), scores, None)
     else:
-        pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates], choice.scores)
-        params = selectors.Params(config.seed, config.balance, config.keep or "hard", choice.hard_is_high)
-        picked = selectors.select("random" if choice.scores is None else "score", pool, keep, params)
+        pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates])
+        if choice.scores is None:
+            picked = selectors.select("random", pool, keep, selectors.Params(config.seed, config.balance))
+        else:
+            hard = {choice.method: "high" if choice.hard_is_high else "low"}
+            pool = replace(pool, scores={choice.method: choice.scores}, hard=hard)
+            ranked = RankedParams(config.seed, config.balance, score=choice.method, end=config.keep or "hard")
+            picked = selectors.select("score", pool, keep, ranked)
         found = Picks(parent, candidates, picked.indices, scores, picked.order)
     say(f"keep {len(found.rows):,} of {count(len(candidates), 'sample')} by {choice.method}")
     if choice.rows is None and config.balance == "uniform":

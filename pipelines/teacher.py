@@ -1,7 +1,7 @@
 """`teacher`: train a network on all the data and record how it learned; or adopt one that exists.
 
 1. Open the training data, draw a new view of every sample each epoch, train.
-2. Before each update, note what the network says of each sample: a Parquet file an epoch in `dynamics/`.
+2. Before each update, note what the network says of each sample: a Parquet file an epoch in `dynamics/`; with `--record logits` all of it.
 3. Keep the weights of an early epoch (el2n and grand are read from it) and of the end.
 
 Writes `teachers/MODEL-sSEED`. With `--weights FILE --epochs 0`, no training: the file's weights are checked and rewritten as safetensors.
@@ -47,6 +47,7 @@ class TeacherConfig(TrainingConfig):
 
     data: Path | None = option(None, help="The data set to train on; default data/train.")
     model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
+    record: str | None = option(None, help="Also record every sample's logits in every epoch: for tdds.", choices=("logits",))
     weights: Path | None = option(None, help="Adopt these weights (.safetensors, or .pth with weights only); with --epochs 0.")
     mean: tuple[float, ...] = option((), help="Mean of the input channels, in [0, 1] (three times); default the data's.", least=0, most=1)
     std: tuple[float, ...] = option((), help="Standard deviation of the input channels (three times); default the data's.", least=0)
@@ -70,6 +71,8 @@ def run(config: TeacherConfig) -> Outcome:
     config = _recipes.applied("teacher", config)
     if (config.weights is None) != (config.epochs > 0 or config.steps is not None):
         raise UsageError("--epochs 0 adopts a teacher: it goes with --weights FILE, and --weights with it")
+    if config.weights is not None and config.record is not None:
+        raise UsageError("--record notes what a network says while it trains, and --weights trains none: leave out --record")
     if config.weights is not None and config.init is not None:
         raise UsageError("--init starts a training and --weights adopts its end: give one of the two")
     if config.weights is not None and not config.weights.is_file():
@@ -89,6 +92,7 @@ def run(config: TeacherConfig) -> Outcome:
     )
     keep = _keep(config, setup)
     settings |= {"role": "teacher", "keep_epochs": keep, "weights": sha256_file(config.weights) if config.weights else None}
+    settings |= {"record": config.record} if config.record else {}
     place = _preview.Place(folder, Identity("model", name, settings, _training.inputs(data, val=val)), config.overwrite)
     # Before the folder is touched: it may be about to replace what these weights lie in.
     net = _training.begin_from(_network(config, setup), init or config.weights)
@@ -157,7 +161,7 @@ def _job(config: TeacherConfig, setup: Setup, net: nn.Module, val: Validation | 
 
     feed = Feed(setup.images, DrawnViews(setup.data, setup.policy), config.batch, config.seed, config.jobs)
     training = Training(net, feed, setup.recipe, normalisation=setup.normalisation, device=setup.device)
-    recorder = Recorder(len(setup.data), setup.device)
+    recorder = Recorder(len(setup.data), setup.device, len(setup.data.classes) if config.record else None)
     validated = training.plan.validated(len(setup.data.usable()), None if val is None else val.samples, most=None)
     hooks = Hooks(observe=recorder.observe, partial=recorder, validated=validated)
     smoothing = config.label_smoothing
@@ -182,11 +186,15 @@ def _train(config: TeacherConfig, build: Build, setup: Setup, net: nn.Module, *,
 
     def after_epoch(epoch: int, row: Mapping[str, Any]) -> None:
         if row["samples"] == len(rows):  # an epoch cut short by --steps is not recorded: each sample exactly once, or not at all
+            if config.record:
+                dynamics.write_logits(build, epoch, recorder.logits(rows))
             dynamics.write(build, epoch, recorder.take(rows) | {"uid": data.uids[rows]})
 
     def leaves(epoch: int) -> list[str]:
         plan = job.training.plan
-        return [dynamics.path_of(epoch)] if epoch * plan.per_epoch <= plan.steps else []
+        if epoch * plan.per_epoch > plan.steps:
+            return []
+        return [dynamics.path_of(epoch), *([dynamics.logits_path(epoch)] if config.record else [])]
 
     counts = _fit.train(replace(job, hooks=replace(job.hooks, after_epoch=after_epoch), board=board, leaves=leaves), build)
     return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
@@ -216,7 +224,8 @@ def _estimate_only(config: TeacherConfig, setup: Setup, net: nn.Module, place: _
     validation = _fit.validation(val, setup.data)
     samples = len(setup.data.usable())
     if not config.weights:
-        return _preview.estimate(place, _job(config, setup, net, validation), validation, per_epoch_bytes=samples * dynamics.ROW_BYTES)
+        each = dynamics.ROW_BYTES + (2 * len(setup.data.classes) if config.record else 0)
+        return _preview.estimate(place, _job(config, setup, net, validation), validation, per_epoch_bytes=samples * each)
     from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.weights import weights
 

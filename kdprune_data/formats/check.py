@@ -121,9 +121,11 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
 def training_dynamics(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """A teacher's dynamics: in every epoch each sample exactly once, with numbers that agree with one another."""
     first: Any = None
-    for file in (f for f in manifest.files if f.path.startswith(dynamics.FOLDER)):
+    logits_of = {f.path for f in manifest.files if f.path.endswith(".arrow")}
+    for file in (f for f in manifest.files if f.path.startswith(f"{dynamics.FOLDER}/epoch-")):
         path = folder / file.path
-        epoch = dynamics.read(folder, int(file.path[15:].split(".")[0]), dynamics.SCHEMA.names)
+        number = int(file.path[15:].split(".")[0])
+        epoch = dynamics.read(folder, number, dynamics.SCHEMA.names)
         first = epoch["uid"] if first is None else first
         if not np.array_equal(epoch["uid"], first) or len(np.unique(first)) != manifest.counts["samples"]:
             yield Fault(str(path), "does not hold each sample exactly once")
@@ -131,3 +133,18 @@ def training_dynamics(folder: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(str(path), "holds a number that is not finite")
         elif not np.allclose(np.exp(-epoch["loss"]), epoch["p_true"], atol=1e-5):
             yield Fault(str(path), "p_true and loss do not agree")
+        if manifest.config.get("record") == "logits":
+            if dynamics.logits_path(number) not in logits_of:
+                yield Fault(str(path), "has no file of logits beside it")
+            else:
+                yield from _recorded_logits(folder, number, len(epoch["uid"]), len(manifest.classes))
+
+
+def _recorded_logits(folder: Path, epoch: int, rows: int, classes: int) -> Iterator[Fault]:
+    """One epoch's logits: a row for each sample, the largest number of each being 0."""
+    path = str(folder / dynamics.logits_path(epoch))
+    found = dynamics.read_logits(folder, epoch)
+    if found.shape != (rows, classes):
+        yield Fault(path, f"holds logits of shape {found.shape}: expected {(rows, classes)}")
+    elif not np.isfinite(found).all() or found.max(1).any():
+        yield Fault(path, "holds a row whose largest logit is not 0, or a number that is not finite")

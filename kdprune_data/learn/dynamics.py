@@ -17,12 +17,14 @@ from kdprune_data.learn.stream import Batch
 class Recorder:
     """Training dynamics of n rows; `observe` each batch before its update, `take` the epoch when it is over.
 
-    The numbers wait on the device where the network computes: no step is held up to fetch them.
+    The numbers wait on the device where the network computes: no step is held up to fetch them. classes: whole logits are kept too, of so
+    many classes, less the largest of each row, in float16; None: they are not.
     """
 
-    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, n: int, device: torch.device | str = "cpu", classes: int | None = None) -> None:
         self._values = torch.full((n, 3), float("nan"), device=device)
         self._correct = torch.zeros(n, dtype=torch.bool, device=device)
+        self._logits = None if classes is None else torch.zeros((n, classes), dtype=torch.float16, device=device)
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
         """logits: float of shape (n, c), as the network in train mode gave them for the augmented batch."""
@@ -34,6 +36,9 @@ class Recorder:
         rows = torch.from_numpy(batch.rows).to(self._values.device)
         self._values[rows] = torch.stack([(-loss).exp(), own - others, loss], 1)
         self._correct[rows] = z.argmax(1) == batch.labels
+        if self._logits is not None:
+            least = torch.finfo(torch.float16).min
+            self._logits[rows] = (z - z.max(1, keepdim=True).values).clamp(min=least).half()
 
     def take(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The columns `p_true logit_margin loss correct` of some rows; NaN where a sample was not shown."""
@@ -42,11 +47,18 @@ class Recorder:
         self._values.fill_(float("nan"))
         return found
 
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The logits of some rows in this epoch, float16 of shape (n, c), less the largest of each."""
+        assert self._logits is not None
+        return np.asarray(self._logits.cpu().numpy()[rows])
+
     def state(self) -> dict[str, Tensor]:
         """What was noted so far in this epoch, as a checkpoint keeps it."""
-        return {"values": self._values, "correct": self._correct}
+        return {"values": self._values, "correct": self._correct} | ({} if self._logits is None else {"logits": self._logits})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         self._values.copy_(state["values"])
         self._correct.copy_(state["correct"])
+        if self._logits is not None:
+            self._logits.copy_(state["logits"])

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from kdprune_data.errors import unknown
 from kdprune_data.selectors import random, ranked
-from kdprune_data.selectors.base import Params, Picked, Pool, Selector
+from kdprune_data.selectors.base import Cost, Method, Params, Picked, Pool, Size
 
-__all__ = ["SELECTORS", "Params", "Picked", "Pool", "Selector", "select"]
+__all__ = ["SELECTORS", "Cost", "Method", "Params", "Picked", "Pool", "Size", "method", "select"]
 
-SELECTORS: dict[str, Selector] = {"random": random.select, "score": ranked.select}
+SELECTORS: dict[str, Method] = {"random": random.METHOD, "score": ranked.METHOD}
 
 
-def select(method: str, pool: Pool, keep: int, params: Params) -> Picked:
-    """Keep `keep` samples of the pool by a method. Raises UsageError for an unknown one, or when the pool holds fewer."""
-    if method not in SELECTORS:
-        raise unknown("method", method, SELECTORS)
-    return SELECTORS[method](pool, keep, params)
+def method(name: str) -> Method:
+    """A method by name. Raises UsageError for an unknown one."""
+    if name not in SELECTORS:
+        raise unknown("method", name, SELECTORS)
+    return SELECTORS[name]
+
+
+def select(name: str, pool: Pool, keep: int, params: Params | None = None) -> Picked:
+    """Keep `keep` samples of the pool by a method, with its default settings or those given.
+
+    Raises UsageError for an unknown one, when the pool holds fewer, or lacks what the method needs.
+    """
+    found = method(name)
+    return found.select(pool, keep, found.params() if params is None else params)

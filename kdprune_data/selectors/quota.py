@@ -6,6 +6,9 @@ nested: a smaller k keeps a prefix of the same list. (Largest remainder is exact
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,18 +35,86 @@ def take(pool: Pool, ranking: NDArray[np.int64], keep: int, params: Params) -> P
 
     Raises UsageError when the pool holds fewer than `keep`, or labels are needed and missing.
     """
-    n = len(pool.uids)
-    if not 1 <= keep <= n:
-        raise UsageError(f"cannot keep {keep:,} of {n:,} candidates: choose a fraction that keeps between 1 and {n:,}")
+    check(pool, keep, params)
     if params.balance == "none":
         kept = ranking
     else:
-        if (pool.labels < 0).any():
-            raise UsageError(
-                f"--balance {params.balance} needs labels and {int((pool.labels < 0).sum()):,} samples have none: use --balance none"
-            )
         place, size = places(ranking, pool.labels)
         # A quotient of integers below 2^26 is rounded to one float64 whatever its terms, so equal quotas compare equal.
         quota = (2 * place + 1) / (2 * size) if params.balance == "class" else place
         kept = np.lexsort((order.order_hash(pool.uids, params.seed, "select"), pool.labels, quota))
     return Picked(np.sort(kept[:keep]), kept.astype(np.int64))
+
+
+def check(pool: Pool, keep: int, params: Params) -> None:
+    """Raise UsageError when the pool holds fewer than `keep`, or labels are needed and missing."""
+    n = len(pool.uids)
+    if not 1 <= keep <= n:
+        raise UsageError(f"cannot keep {keep:,} of {n:,} candidates: choose a fraction that keeps between 1 and {n:,}")
+    unlabelled = int((pool.labels < 0).sum())
+    if unlabelled and params.balance != "none":
+        raise UsageError(f"--balance {params.balance} needs labels and {unlabelled:,} samples have none: use --balance none")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates that are selected from by themselves: rows of the pool, int64 of shape (m,), ascending by order hash, so that nothing
+    computed from them depends on the order of the pool; and how many of them are kept."""
+
+    rows: NDArray[np.int64]
+    keep: int
+
+
+def groups(pool: Pool, keep: int, params: Params, parts: int = 1) -> list[Group]:
+    """The classes, in order (with balance `none` one group of all), and how many `take` would keep of each; only those that keep some.
+
+    parts: each is cut at random into so many, which share what is kept; for methods whose cost grows with the square of a group.
+    Raises UsageError as `take` does.
+    """
+    by_hash = np.argsort(order.order_hash(pool.uids, params.seed, "select"), kind="stable").astype(np.int64)
+    if params.balance == "none":
+        check(pool, keep, params)
+        whole = [Group(by_hash, keep)]
+    else:
+        kept = pool.labels[take(pool, by_hash, keep, params).indices]
+        members = {label: by_hash[pool.labels[by_hash] == label] for label in np.unique(kept).tolist()}
+        whole = [Group(rows, int((kept == label).sum())) for label, rows in members.items()]
+    return [part for group in whole for part in _cut(group, parts)]
+
+
+def _cut(group: Group, parts: int) -> list[Group]:
+    n = len(group.rows)
+    edges = [n * part // parts for part in range(parts + 1)]
+    kept = [group.keep * edge // n for edge in edges]
+    cut = [Group(group.rows[edges[p] : edges[p + 1]], kept[p + 1] - kept[p]) for p in range(parts)]
+    return [part for part in cut if part.keep]
+
+
+def narrowed(pool: Pool, leave_out: NDArray[np.int64], keep: int, select: Callable[[Pool], Picked]) -> Picked:
+    """What `select` keeps of the candidates without some rows; where it ranks, those come last, as they are given.
+
+    Raises UsageError when fewer than `keep` are left.
+    """
+    there = np.ones(len(pool.uids), bool)
+    there[leave_out] = False
+    rows = np.flatnonzero(there).astype(np.int64)
+    if keep > len(rows):
+        raise UsageError(
+            f"cannot keep {keep:,}: {len(leave_out):,} of {len(there):,} candidates are left out first, so {len(rows):,} are left; leave "
+            "fewer out, or keep fewer"
+        )
+    picked = select(subpool(pool, rows))
+    ranked = None if picked.order is None else np.concatenate([rows[picked.order], leave_out])
+    return replace(picked, indices=rows[picked.indices], order=ranked)
+
+
+def subpool(pool: Pool, rows: NDArray[np.int64]) -> Pool:
+    """Some rows of a pool."""
+    return replace(
+        pool,
+        uids=pool.uids[rows],
+        labels=pool.labels[rows],
+        scores={name: values[rows] for name, values in pool.scores.items()},
+        embedding=None if pool.embedding is None else pool.embedding[rows],
+        logits=None if pool.logits is None else pool.logits[rows],
+    )

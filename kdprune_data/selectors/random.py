@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from kdprune_data import order
-from kdprune_data.selectors.base import Params, Picked, Pool
+from kdprune_data.selectors.base import Method, Params, Picked, Pool
 from kdprune_data.selectors.quota import take
 
 
@@ -16,3 +16,6 @@ def select(pool: Pool, keep: int, params: Params) -> Picked:
     """Keep a random `keep` of the pool, balanced as asked. Nested in `keep`."""
     ranking = np.argsort(order.order_hash(pool.uids, params.seed, "select"), kind="stable")
     return take(pool, ranking.astype(np.int64), keep, params)
+
+
+METHOD = Method(select, "at random")

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kdprune_data import order
-from kdprune_data.errors import SourceError, UsageError
-from kdprune_data.selectors.base import Params, Picked, Pool
-from kdprune_data.selectors.quota import places, take
+from kdprune_data.config import option
+from kdprune_data.selectors.base import ENDS, Method, Params, Picked, Pool
+from kdprune_data.selectors.inputs import score_of
+from kdprune_data.selectors.quota import narrowed, places, take
 
 
-def select(pool: Pool, keep: int, params: Params) -> Picked:
-    """Keep `keep` samples by `pool.scores`. Nested in `keep`.
+@dataclass(frozen=True)
+class RankedParams(Params):
+    """score: the one to rank by; end: which end of it is kept; skip_hardest: the fraction of the candidates, from the hard end, that is
+    left out first."""
 
-    `middle` keeps what is nearest to the median place: of each class, or with balance `none` of the whole pool.
+    score: str = option("el2n", help="The score to rank by.")
+    end: str = option("hard", help="Which samples a score keeps.", choices=ENDS)
+    skip_hardest: float = option(0.0, help="Fraction of the candidates, the hardest, that is left out first.", least=0, most=0.999)
 
-    Raises UsageError without scores, SourceError when one is NaN or infinite.
+
+def select(pool: Pool, keep: int, params: RankedParams) -> Picked:
+    """Keep `keep` samples by a score. Nested in `keep`.
+
+    `middle` keeps what is nearest to the median place: of each class, or with balance `none` of the whole pool. `skip_hardest` is the
+    offset of Paul et al., "Deep learning on a data diet", NeurIPS 2021: the hardest are often mislabelled.
+
+    Raises UsageError without the score or when too few are left, SourceError when one is NaN or infinite.
     """
-    if pool.scores is None:
-        raise UsageError("keeping by a score needs scores: run `kdprune-data score`, or give --scores FILE --column NAME")
-    if not np.isfinite(pool.scores).all():
-        raise SourceError(f"score {pool.scores[~np.isfinite(pool.scores)][0]} cannot be ranked: every score must be a finite number")
-    return take(pool, _ranking(pool, pool.scores, params), keep, params)
+    scores = score_of(pool, params.score)
+    if params.skip_hardest:
+        skipped = order.keep_count(order.fraction(params.skip_hardest), len(scores))
+        ranking = _ranking(pool, scores, params, "hard")
+        hardest = take(pool, ranking, max(1, skipped), params).order
+        assert hardest is not None
+        return narrowed(pool, hardest[:skipped], keep, lambda rest: _select(rest, keep, params))
+    return _select(pool, keep, params)
 
 
-def _ranking(pool: Pool, scores: NDArray[np.floating], params: Params) -> NDArray[np.int64]:
+def _select(pool: Pool, keep: int, params: RankedParams) -> Picked:
+    return take(pool, _ranking(pool, pool.scores[params.score], params, params.end), keep, params)
+
+
+def _ranking(pool: Pool, scores: NDArray[np.floating], params: RankedParams, end: str) -> NDArray[np.int64]:
     tie = order.order_hash(pool.uids, params.seed, "select")
-    high_first = params.hard_is_high == (params.end != "easy")
+    high_first = (pool.hard[params.score] == "high") == (end != "easy")
     ranking = np.lexsort((tie, -scores if high_first else scores)).astype(np.int64)
-    if params.end != "middle":
+    if end != "middle":
         return ranking
     groups = np.zeros(len(scores), np.int32) if params.balance == "none" else pool.labels
     place, size = places(ranking, groups)
     return np.lexsort((tie, np.abs(2 * place - (size - 1)) / size)).astype(np.int64)
+
+
+METHOD = Method(select, "by a score", RankedParams, lambda params: (params.score,))

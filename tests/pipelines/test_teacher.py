@@ -146,6 +146,36 @@ def test_the_first_batch_is_what_a_fresh_network_says_of_it(chain: Path) -> None
     assert said["correct"][batch.rows].tolist() == (z.argmax(1) == batch.labels).tolist()
 
 
+def test_recorded_logits_are_what_the_dynamics_were_made_of(workspace: Path, kdprune: Cli) -> None:
+    """In every whole epoch, with the largest at 0; a teacher that records is the same teacher."""
+    line = ("teacher", "--model", "resnet8", "--steps", 15, "--batch", 16, "--name")
+    assert kdprune(*line, "plain", cwd=workspace).code == 0
+    ran = kdprune(*line, "recorded", "--record", "logits", cwd=workspace)
+    assert ran.code == 0, ran.err
+    folder, labels = workspace / "teachers/recorded", Dataset.open(workspace / "data/train").labels
+    every = np.arange(len(labels))
+    for epoch in (1, 2):
+        logits = dynamics.read_logits(folder, epoch)
+        said = dynamics.read(folder, epoch, ["p_true", "correct"])
+        assert logits.dtype == np.float16
+        assert not logits.max(1).any()
+        assert torch.from_numpy(logits).double().softmax(1)[every, labels].numpy() == pytest.approx(said["p_true"], abs=2e-3)
+        assert (logits[every, labels] == 0)[said["correct"]].all()
+        assert np.array_equal(said["p_true"], dynamics.read(workspace / "teachers/plain", epoch, ["p_true"])["p_true"])
+    manifest = Manifest.load(folder)
+    files = [f.path for f in manifest.files if f.path.startswith("dynamics")]
+    assert files == [*map(dynamics.path_of, (1, 2)), *map(dynamics.logits_path, (1, 2))]
+    assert manifest.config["record"] == "logits"
+    assert "record" not in Manifest.load(workspace / "teachers/plain").config
+    assert kdprune("verify", "teachers/recorded", cwd=workspace).code == 0
+
+
+def test_nothing_is_recorded_of_an_adopted_teacher(workspace: Path, kdprune: Cli) -> None:
+    ran = kdprune("teacher", "--weights", workspace / TEACHER / "model.safetensors", "--epochs", 0, "--record", "logits", cwd=workspace)
+    assert ran.code == 2
+    assert "--weights trains none: leave out --record" in ran.err
+
+
 def test_train_accuracy_is_that_of_the_dynamics(chain: Path) -> None:
     rows = [json.loads(line) for line in (chain / TEACHER / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -295,8 +325,9 @@ def net(classes):
     [
         (AFTER.format(n=10), 10, ["--model", "dropping:net"]),
         (WHILE.format(n=12), 11, ["--model", "dropping:net", "--ema", "0.8", "--keep-epochs", "1"]),
+        (AFTER.format(n=10), 10, ["--model", "resnet8", "--record", "logits"]),
     ],
-    ids=["dropout", "torn"],
+    ids=["dropout", "torn", "recorded"],
 )
 def test_a_killed_training_ends_with_the_same_bytes(
     workspace: Path, started: Cli, kdprune: Cli, digests: Callable[[Path], dict[str, str]], kill: str, step: int, more: list[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -13,6 +14,7 @@ from kdprune_data import order, selectors
 from kdprune_data.errors import KdpruneError, SourceError, UsageError
 from kdprune_data.selectors import Params, Pool
 from kdprune_data.selectors.base import BALANCES, ENDS
+from kdprune_data.selectors.ranked import RankedParams
 
 SIZES = [[1], [7], [1, 1], [5, 5], [1, 2, 3, 4], [100, 1], [3, 3, 3, 3, 3], [2, 50, 9], [13, 0, 8], [1] * 20, [30, 30, 31]]
 METHODS = ["random", "score"]
@@ -24,7 +26,17 @@ def pool_of(sizes: list[int], seed: int = 0, *, levels: int = 4) -> Pool:
     n = sum(sizes)
     uids = rng.permutation(np.unique(rng.integers(0, 2**64, n + 4, np.uint64, endpoint=False)))[:n]
     labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int32)
-    return Pool(uids, labels, rng.integers(0, levels, n).astype(np.float64) / 3)
+    return scored(uids, labels, rng.integers(0, levels, n).astype(np.float64) / 3)
+
+
+def scored(uids: np.ndarray, labels: np.ndarray, scores: np.ndarray, hard: str = "high") -> Pool:
+    """A pool with one score, `s`."""
+    return Pool(uids, labels, {"s": scores}, {"s": hard})
+
+
+def params_of(method: str, *, end: str = "hard", **common: object) -> Params:
+    """The settings of either method."""
+    return RankedParams(score="s", end=end, **common) if method == "score" else Params(**common)
 
 
 def ref_ranking(pool: Pool, method: str, params: Params) -> list[int]:
@@ -33,8 +45,8 @@ def ref_ranking(pool: Pool, method: str, params: Params) -> list[int]:
     rows = range(len(tie))
     if method == "random":
         return sorted(rows, key=lambda row: tie[row])
-    assert pool.scores is not None
-    hardness = [score if params.hard_is_high else -score for score in pool.scores.tolist()]
+    assert isinstance(params, RankedParams)
+    hardness = [score if pool.hard["s"] == "high" else -score for score in pool.scores["s"].tolist()]
     hard_first = sorted(rows, key=lambda row: (-hardness[row], tie[row]))
     if params.end == "hard":
         return hard_first
@@ -63,16 +75,16 @@ def ref_kept(pool: Pool, method: str, params: Params) -> list[int]:
     return sorted(ranking, key=lambda row: (quota[row], labels[row], tie[row]))
 
 
-@pytest.mark.parametrize("hard_is_high", [True, False])
+@pytest.mark.parametrize("hard", ["high", "low"])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_subset_is_the_references(method: str, balance: str, end: str, hard_is_high: bool) -> None:
+def test_every_subset_is_the_references(method: str, balance: str, end: str, hard: str) -> None:
     """Any k of any pool: exact, nested (each is a prefix of one order), and the one the page describes."""
     for sizes in SIZES:
         for seed in range(3):
-            pool = pool_of(sizes, seed)
-            params = Params(seed, balance, end, hard_is_high)
+            pool = replace(pool_of(sizes, seed), hard={"s": hard})
+            params = params_of(method, end=end, seed=seed, balance=balance)
             expected = ref_kept(pool, method, params)
             for keep in {1, 2, len(expected) // 3, len(expected) // 2, len(expected) - 1, len(expected)} & set(range(1, len(expected) + 1)):
                 found = selectors.select(method, pool, keep, params)
@@ -89,7 +101,7 @@ def test_nested_and_exact_over_fractions(method: str, balance: str) -> None:
     before: set[int] = set()
     for frac in ("0.01", "0.05", "0.1", "0.2", "0.3", "0.5", "0.7", "0.9", "1"):
         keep = order.keep_count(Decimal(frac), 281)
-        found = set(selectors.select(method, pool, keep, Params(balance=balance)).indices.tolist())
+        found = set(selectors.select(method, pool, keep, params_of(method, balance=balance)).indices.tolist())
         assert len(found) == keep == int(Fraction(frac) * 281 + Fraction(1, 2))
         assert before <= found
         before = found
@@ -118,12 +130,11 @@ def test_uniform_balance_gives_equal_shares_until_a_class_is_empty(keep: int, sh
 def test_the_order_of_the_pool_does_not_matter(method: str, balance: str, end: str) -> None:
     """Ties are everywhere here (three scores for 300 samples), and are settled by the hash."""
     pool = pool_of([100, 150, 50], levels=3)
-    assert pool.scores is not None
-    params = Params(seed=5, balance=balance, end=end)
+    params = params_of(method, seed=5, balance=balance, end=end)
     straight = pool.uids[selectors.select(method, pool, 77, params).order]
     for seed in range(3):
         p = np.random.default_rng(seed).permutation(300)
-        other = Pool(pool.uids[p], pool.labels[p], pool.scores[p])
+        other = scored(pool.uids[p], pool.labels[p], pool.scores["s"][p])
         found = selectors.select(method, other, 77, params)
         assert np.array_equal(other.uids[found.order], straight)
         assert set(other.uids[found.indices].tolist()) == set(straight[:77].tolist())
@@ -132,7 +143,7 @@ def test_the_order_of_the_pool_does_not_matter(method: str, balance: str, end: s
 @pytest.mark.parametrize("method", METHODS)
 def test_seeds_differ(method: str) -> None:
     pool = pool_of([200, 200], levels=1)
-    kept = [set(selectors.select(method, pool, 40, Params(seed)).indices.tolist()) for seed in range(4)]
+    kept = [set(selectors.select(method, pool, 40, params_of(method, seed=seed)).indices.tolist()) for seed in range(4)]
     for a in range(4):
         for b in range(a):
             assert len(kept[a] & kept[b]) < 20  # 4 are expected
@@ -161,24 +172,24 @@ def test_random_does_not_change_when_others_join() -> None:
 )
 def test_ends(end: str, high: bool, kept: list[int]) -> None:
     """Ten samples of one class, scored 0 to 9. The places 3 and 6 are equally near to the middle: the hash takes one."""
-    pool = Pool(order.uids_of(str(n) for n in range(10)), np.zeros(10, np.int32), np.arange(10.0))
-    found = selectors.select("score", pool, 3, Params(end=end, hard_is_high=high)).indices.tolist()
+    pool = scored(order.uids_of(str(n) for n in range(10)), np.zeros(10, np.int32), np.arange(10.0), "high" if high else "low")
+    found = selectors.select("score", pool, 3, params_of("score", end=end)).indices.tolist()
     assert found == (kept if 3 in found or end != "middle" else [4, 5, 6])
 
 
 def test_middle_is_of_each_class_or_of_all() -> None:
     scores = np.concatenate([np.arange(11.0), 100 + np.arange(11.0)])
-    pool = Pool(order.uids_of(str(n) for n in range(22)), np.repeat([0, 1], 11).astype(np.int32), scores)
-    assert selectors.select("score", pool, 2, Params(end="middle")).indices.tolist() == [5, 16]
-    assert selectors.select("score", pool, 2, Params(end="middle", balance="none")).indices.tolist() == [10, 11]
+    pool = scored(order.uids_of(str(n) for n in range(22)), np.repeat([0, 1], 11).astype(np.int32), scores)
+    assert selectors.select("score", pool, 2, params_of("score", end="middle")).indices.tolist() == [5, 16]
+    assert selectors.select("score", pool, 2, params_of("score", end="middle", balance="none")).indices.tolist() == [10, 11]
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_scores_of_any_width(kind: type[np.floating]) -> None:
     pool = pool_of([30, 30])
-    assert pool.scores is not None
-    as_kind = Pool(pool.uids, pool.labels, (pool.scores * 3).astype(kind))
-    assert np.array_equal(selectors.select("score", as_kind, 20, Params()).indices, selectors.select("score", pool, 20, Params()).indices)
+    as_kind = scored(pool.uids, pool.labels, (pool.scores["s"] * 3).astype(kind))
+    params = params_of("score")
+    assert np.array_equal(selectors.select("score", as_kind, 20, params).indices, selectors.select("score", pool, 20, params).indices)
 
 
 # --- refusals
@@ -193,24 +204,23 @@ def refusal(method: str, pool: Pool, keep: int, params: Params, kind: type[Kdpru
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep", [0, -1, 11, 1000])
 def test_more_than_there_are_or_none_is_refused(method: str, keep: int) -> None:
-    line = refusal(method, pool_of([5, 5]), keep, Params(), UsageError)
+    line = refusal(method, pool_of([5, 5]), keep, params_of(method), UsageError)
     assert line == f"cannot keep {keep:,} of 10 candidates: choose a fraction that keeps between 1 and 10"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number_is_refused(bad: float) -> None:
     pool = pool_of([5, 5])
-    assert pool.scores is not None
-    pool.scores[3] = bad
-    line = refusal("score", pool, 2, Params(), SourceError)
-    assert line == f"score {bad} cannot be ranked: every score must be a finite number"
+    pool.scores["s"][3] = bad
+    line = refusal("score", pool, 2, params_of("score"), SourceError)
+    assert line == f"s is not a finite number for 1 of 10 candidates (the first has uid {pool.uids[3]}): every candidate needs one"
     assert len(selectors.select("random", pool, 2, Params()).indices) == 2
 
 
 def test_missing_scores_labels_and_methods_are_refused() -> None:
     pool = pool_of([5, 5])
     unlabelled = Pool(pool.uids, np.where(pool.labels == 1, -1, pool.labels).astype(np.int32))
-    assert "keeping by a score needs scores" in refusal("score", unlabelled, 2, Params(), UsageError)
+    assert "this method needs the score 's'" in refusal("score", unlabelled, 2, params_of("score"), UsageError)
     for balance in ("class", "uniform"):
         line = refusal("random", unlabelled, 2, Params(balance=balance), UsageError)
         assert line == f"--balance {balance} needs labels and 5 samples have none: use --balance none"
