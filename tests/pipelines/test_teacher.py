@@ -159,7 +159,7 @@ def test_recorded_logits_are_what_the_dynamics_were_made_of(workspace: Path, kdp
         said = dynamics.read(folder, epoch, ["p_true", "correct"])
         assert logits.dtype == np.float16
         assert not logits.max(1).any()
-        assert torch.from_numpy(logits).double().softmax(1)[every, labels].numpy() == pytest.approx(said["p_true"], abs=2e-3)
+        assert torch.from_numpy(logits.astype(np.float64)).softmax(1)[every, labels].numpy() == pytest.approx(said["p_true"], abs=2e-3)
         assert (logits[every, labels] == 0)[said["correct"]].all()
         assert np.array_equal(said["p_true"], dynamics.read(workspace / "teachers/plain", epoch, ["p_true"])["p_true"])
     manifest = Manifest.load(folder)
