@@ -7,6 +7,7 @@ from kdprune_pipelines.info import InfoConfig, run
 
 EXAMPLES = """\
 kdprune-data info data/train
+kdprune-data info scores/resnet20-s0
 kdprune-data info students/NAME --json"""
 
 command = _command("info", InfoConfig, run, EXAMPLES)

@@ -26,10 +26,12 @@ SETTINGS = Path("kdprune.toml")
 FOLDERS = {"artefact", "data", "logits", "model", "out", "subset", "teacher", "test", "train", "val"}
 OR_WORDS = {"logits", "scores", "source"}
 """For completion: the paths that are folders (others may be files), and the options that take a path or a word."""
+METAVARS = {"frac": "FRACTION", "set": "NAME=VALUE", "where": "EXPRESSION"}
+"""What some options take, where their name does not tell."""
 
 
-def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epilog: str) -> click.Command:
-    """The command of a stage. `epilog` holds examples, one a line."""
+def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epilog: str, notes: str = "") -> click.Command:
+    """The command of a stage. `epilog` holds examples, one a line; `notes`: lines that stand before them, as they are."""
     types = field_types(config)
     fields = [f for f in dataclasses.fields(config) if f.metadata]
     params = [_parameter(f, types[f.name]) for f in sorted(fields, key=lambda f: not f.metadata["argument"])]
@@ -47,7 +49,8 @@ def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epil
         if not outcome.ok:
             raise SystemExit(1)
 
-    examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in epilog.splitlines())
+    notes = f"\b\n{notes}\n\n" if notes else ""
+    examples = notes + "\b\nExamples:\n" + "\n".join(f"  {line}" for line in epilog.splitlines())
     return click.Command(name, params=params, callback=callback, help=first, epilog=examples)
 
 
@@ -65,7 +68,7 @@ def _parameter(field: dataclasses.Field[Any], kind: tuple[type, bool, bool]) -> 
     about = field.metadata
     required = field.default is dataclasses.MISSING
     value: Any = click.Choice(about["choices"]) if about["choices"] else str if plain is Path else plain
-    complete = _paths(field.name) if plain is Path or field.name in OR_WORDS else None
+    complete = _paths(field.name) if plain is Path or field.name in OR_WORDS else _methods if field.name == "method" else None
     if about["argument"]:
         return click.Argument([field.name], type=value, required=required, nargs=-1 if many else 1, shell_complete=complete)
     flag = "--" + field.name.replace("_", "-")
@@ -74,8 +77,7 @@ def _parameter(field: dataclasses.Field[Any], kind: tuple[type, bool, bool]) -> 
         return click.Option(names, is_flag=True, default=None, help=about["help"])
     shown = "" if field.default in (None, (), dataclasses.MISSING) else f"  [default: {field.default}]"
     metavar = None if about["choices"] else field.name.upper() if plain in (str, Path) else "N"
-    if field.name == "frac":
-        metavar = "FRACTION"
+    metavar = METAVARS.get(field.name, metavar)
     if about["values"]:
         at_once = len(about["values"].split())
         return click.Option(names, type=value, default=None, nargs=at_once, metavar=about["values"], help=about["help"] + shown)
@@ -89,6 +91,13 @@ def _paths(name: str) -> Callable[[click.Context, click.Parameter, str], list[Co
     """Tells the shell to complete names of folders, or of files too."""
     kind = "dir" if name in FOLDERS else "file"
     return lambda _, __, incomplete: [CompletionItem(incomplete, type=kind)]
+
+
+def _methods(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The names of methods."""
+    from kdprune_pipelines._methods import NAMES
+
+    return [CompletionItem(name) for name in NAMES if name.startswith(incomplete)]
 
 
 def _run(name: str, config: type[Config], run: Callable[[Any], Outcome], given: dict[str, Any]) -> Outcome:

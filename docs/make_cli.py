@@ -69,6 +69,8 @@ def section(name: str) -> Iterator[str]:
     yield from ("", f"## {name}", "", " ".join(command.help.split()), "")
     arguments = [shown(parameter) for parameter in command.params if isinstance(parameter, click.Argument)]
     yield from (f"`{' '.join(['kdprune-data', name, *arguments, '[OPTIONS]'])}`", "", "```sh", *module.EXAMPLES.splitlines(), "```", "")
+    if notes := vars(module).get("NOTES"):
+        yield from ("```text", *notes.splitlines(), "```", "")
     yield from ("| option | default | |", "|---|---|---|")
     for parameter in command.params:
         if parameter.name in fields:

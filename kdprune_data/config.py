@@ -125,7 +125,7 @@ def _check(field: Field[Any], value: Any, shown: Callable[[str], str]) -> None:
         if item == "":
             raise UsageError(f"{field.name.upper() if limits['argument'] else name} is empty: give a value, or leave it out")
         if limits.get("choices") and item not in limits["choices"]:
-            raise unknown(name[2:], str(item), limits["choices"])
+            raise unknown(name.removeprefix("--").replace("set ", "setting "), str(item), limits["choices"])
         if isinstance(item, float) and not math.isfinite(item):
             raise UsageError(f"{name} {item} is not a finite number: give one")
         if limits.get("least") is not None and item < limits["least"]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import MismatchError, SourceError, some
-from kdprune_data.formats import subset, table, tar
+from kdprune_data.formats import foreign, subset, table, tar
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.shards import Limits
-from kdprune_data.sources import foreign
 
 TABLE_ROWS = 10_000
 """From so many rows the size of the tables is told."""
@@ -26,13 +25,16 @@ TABLE_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Picks:
-    """What is kept of what: rows of the parent, ascending, and their places among the candidates; the ranking, where there is one."""
+    """What is kept of what: the candidates, rows of the parent, ascending, and the places of the kept ones among them; for the candidates
+    the scores and the ranking, for the kept ones the weights, where the method has them; counts: of what was left out first."""
 
     parent: Dataset
     candidates: NDArray[np.int64]
     places: NDArray[np.int64]
-    scores: NDArray[np.float32] | None
-    ranking: NDArray[np.int64] | None
+    scores: NDArray[np.float32] | None = None
+    ranking: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -118,6 +120,15 @@ def cost(picks: Picks, limits: Limits | None, *, jobs: int, ranking: bool) -> Co
     row = len(table.to_bytes(first)) / len(first)
     tables = int(2 * row * len(rows) + (row + 8) * (len(picks.candidates) if ranking else 0))
     return Cost(shards, tars + tables, copying)
+
+
+def rough_cost(parent: Dataset, candidates: NDArray[np.int64], keep: int, limits: Limits | None) -> Cost:
+    """As `cost`, of any `keep` of the candidates: where choosing takes long. Without a ranking, and without time."""
+    record = parent.index["length"].to_numpy()[candidates].mean()
+    tars = 0 if limits is None else int(record * keep)
+    shards = 0 if limits is None else max(-(-keep // limits.samples), -(-tars // limits.bytes))
+    first = parent.index.take(candidates[:TABLE_ROWS])
+    return Cost(shards, tars + shards * len(tar.END) + int(2 * len(table.to_bytes(first)) / len(first) * keep), 0.0)
 
 
 def _copied(parent: Dataset, plan: subset.Plan) -> Iterator[int]:

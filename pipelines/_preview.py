@@ -51,11 +51,11 @@ def estimate(place: Place, job: Job, val: Validation | None, *, per_epoch_bytes:
             every = range(1, plan.epochs + 1)
             times = sum(1 for e in every if job.hooks.validated is None or e in job.hooks.validated)
             seconds = validation_seconds(predictor(training), val) * times
-        seconds += _estimate.measure(_steps(job), samples_in_all(training))
+        seconds += _estimate.measure(steps(job), samples_in_all(training))
     return _estimate.Estimate(place.folder, state, counts, size, seconds).outcome()
 
 
-def _steps(job: Job) -> Iterator[int]:
+def steps(job: Job) -> Iterator[int]:
     """Real steps, one after the other, each waited for. The end of an epoch has no hooks here."""
     import torch
 

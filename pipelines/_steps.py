@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdprune_pipelines import _workspace
+from kdprune_pipelines._columns import name_of as name_of_scores
 from kdprune_pipelines._models import plain
 
 from kdprune_data import order
@@ -158,7 +159,7 @@ def name_of(step: Step, made: Sequence[Step]) -> str:
         case "teacher":
             return f"{model}-s{config.seed}"
         case "score":
-            return of("teacher")
+            return name_of_scores(of("teacher"), epoch=config.epoch, proxies=config.proxies, epochs=config.epochs)
         case "select":
             how = "keys" if config.keys else config.column or config.method or "random"
             return f"{how}-{order.shortest(order.fraction(config.frac)) if config.frac else UNKNOWN}-s{config.seed}"

@@ -1,7 +1,8 @@
 """`distill`: train a student from pruned shards, with the cached soft labels of its views.
 
 1. Find the subset, and the logit cache that holds its samples; join them by id, refusing what does not belong together.
-2. Each epoch replays one cached view of every sample, boxes and logits as stored; the loss mixes label and teacher by alpha.
+2. Each epoch replays one cached view of every sample, boxes and logits as stored; the loss mixes label and teacher by alpha, and weighs
+   samples as the subset does.
 3. Without a cache (or with `--logits none`): labels only, views drawn by the same rules.
 
 Writes `students/SUBSET--MODEL-aALPHA-sSEED`.
@@ -19,6 +20,7 @@ from kdprune_pipelines._fit import Validation
 from kdprune_pipelines._models import plain
 from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import TrainingConfig
+from kdprune_pipelines._weighing import weighing
 
 from kdprune_data import order
 from kdprune_data.config import option
@@ -30,6 +32,8 @@ from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from kdprune_data.learn.inference import Predictor
@@ -50,15 +54,25 @@ class DistillConfig(TrainingConfig):
     temperature: float = option(4.0, help="Temperature of both softmaxes.", least=0.01, most=1000)
     views: int | None = option(None, help="Use the first N views in turn; default all cached, or a new one every epoch.", least=1)
     view_seed: int | None = option(None, help="Seed of the views; default the cache's, or --seed.", least=0)
+    sample_weights: str = option("use", help="The subset's weights of its samples, where its method gives any.", choices=("use", "ignore"))
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the student learns from: views and soft labels, and how much they count."""
+    """What the student learns from: views and soft labels, and how much they count; the weights of the data's rows (None: all alike),
+    and what is done with them."""
 
     views: ViewSource
     cited: dict[str, Any]
     alpha: float
+    weights: NDArray[np.float32] | None = None
+    sample_weights: str = "use"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        weighed = {} if self.weights is None else {"sample_weights": self.sample_weights}
+        return {"alpha": self.alpha, "views": self.cited} | weighed
 
 
 def run(config: DistillConfig) -> Outcome:
@@ -75,7 +89,7 @@ def run(config: DistillConfig) -> Outcome:
     from kdprune_data.learn.stream import Images
 
     device = choose_device(config.device)
-    lesson = _labels_only(config, data) if cache is None else _lesson(config, data, cache)
+    lesson = _weighed(config, data, _labels_only(config, data) if cache is None else _lesson(config, data, cache))
     images = Images(data)
     policy = lesson.views.policy
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
@@ -91,8 +105,7 @@ def run(config: DistillConfig) -> Outcome:
         policy=policy,
         precision=_training.precision(device),
     )
-    settings |= {"role": "student", "alpha": lesson.alpha, "temperature": config.temperature, "views": lesson.cited}
-    settings["keep_epochs"] = sorted(config.keep_epochs)
+    settings |= lesson.settings | {"role": "student", "temperature": config.temperature, "keep_epochs": sorted(config.keep_epochs)}
     # Of the cache only what was read, in `views`, and its teacher: views that are added later make no other student.
     inputs = _training.inputs(data, *([] if cache is None else [cache.teacher]), val=val)
     place = _preview.Place(folder, Identity("model", name, settings, inputs), config.overwrite)
@@ -141,6 +154,11 @@ def _lesson(config: DistillConfig, data: Dataset, cache: LogitCache) -> Lesson:
     say(f"alpha {alpha:g}{provisional}, temperature {config.temperature:g}, kept fraction {kept:g}, {source.count} cached views")
     files = [{"path": f.path, "sha256": f.sha256} for f in cache.manifest.files if _holds(f.path, source.count)]
     return Lesson(source, {"from": "cache", "count": source.count, "files": files}, alpha)
+
+
+def _weighed(config: DistillConfig, data: Dataset, lesson: Lesson) -> Lesson:
+    """The lesson with the weights of the samples, where they differ; says so."""
+    return replace(lesson, weights=weighing(data, config.sample_weights), sample_weights=config.sample_weights)
 
 
 def _holds(path: str, count: int) -> bool:
@@ -214,16 +232,17 @@ def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> Non
 def _job(config: DistillConfig, lesson: Lesson, images: Images, student: Predictor, val: Validation | None) -> _fit.Job:
     """The training: what it learns from, and by which loss."""
     from kdprune_data.learn.loop import Hooks, Training
-    from kdprune_data.learn.losses import distillation
+    from kdprune_data.learn.losses import Mix, distillation
     from kdprune_data.learn.stream import Feed
 
-    feed = Feed(images, lesson.views, config.batch, config.seed, config.jobs)
+    weights = lesson.weights if lesson.sample_weights == "use" else None
+    feed = Feed(images, lesson.views, config.batch, config.seed, config.jobs, weights)
     training = Training(student.net, feed, config.to_recipe(), normalisation=student.normalisation, device=student.device)
     epochs = training.plan.validated(len(images.data.usable()), None if val is None else val.samples)
     keep = _training.kept_epochs(config.keep_epochs, training.plan.epochs) if config.keep_epochs else []
-    alpha, tau, smoothing = lesson.alpha, config.temperature, config.label_smoothing
+    mix = Mix(lesson.alpha, config.temperature, config.label_smoothing)
 
     def loss_of(logits: Tensor, batch: Batch) -> Tensor:
-        return distillation(logits, batch.logits, batch.labels, alpha=alpha, temperature=tau, smoothing=smoothing)
+        return distillation(logits, batch.logits, batch.labels, mix=mix, weights=batch.weights)
 
     return _fit.Job(training, keep, loss_of, _fit.validating(Hooks(validated=epochs, noted=epochs), training, val))

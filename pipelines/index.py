@@ -25,13 +25,12 @@ from kdprune_pipelines._workspace import DATA, check_classes
 
 from kdprune_data.config import Config, option
 from kdprune_data.errors import ExistsError, SourceError, UsageError, some
-from kdprune_data.formats import adopt, indexing, manifest, table
+from kdprune_data.formats import adopt, foreign, indexing, manifest, table
 from kdprune_data.formats.build import Build, relocate
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import File, Manifest
 from kdprune_data.formats.members import UNLABELLED, UNNAMED, Members, Numbering, classes_beside, numbering
 from kdprune_data.images import MEMBERS
-from kdprune_data.sources import foreign
 from kdprune_data.sources.base import is_utf8, listing
 from kdprune_data.sources.patterns import expand
 

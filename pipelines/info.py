@@ -1,4 +1,7 @@
-"""`info`: what an artefact is, and where it came from: kind, counts, settings, files, and its ancestors back to the source."""
+"""`info`: what an artefact is, and where it came from: kind, counts, settings, files, and its ancestors back to the source.
+
+Of scores also how they are distributed, by class too, and how they agree; of a subset the weights of its samples.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdprune_pipelines import _distribution, _weighing
 from kdprune_pipelines._console import Outcome, count, megabytes
 
 from kdprune_data.config import Config, option
+from kdprune_data.formats.dataset import read_weights
 from kdprune_data.formats.manifest import Manifest
 
 SHOWN = 12
@@ -24,7 +29,7 @@ class InfoConfig(Config):
 
 
 def run(config: InfoConfig) -> Outcome:
-    """Describe an artefact. Raises UsageError when the folder is none, FormatError when its manifest is broken."""
+    """Describe an artefact. Raises UsageError when the folder is none, FormatError when its files are broken."""
     manifest = Manifest.load(config.artefact)
     facts = {
         "folder": str(config.artefact),
@@ -42,10 +47,18 @@ def run(config: InfoConfig) -> Outcome:
         "inputs": list(manifest.inputs),
         "made": manifest.made,
     }
-    return Outcome(config.artefact, facts, "\n".join(_describe(config.artefact, manifest)))
+    facts |= _more(config.artefact, manifest)
+    return Outcome(config.artefact, facts, "\n".join(_describe(config.artefact, manifest, facts)))
 
 
-def _describe(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _more(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """What stands in the files and in no manifest."""
+    if manifest.kind == "scores":
+        return {"scores": _distribution.facts(folder, manifest)}
+    return {"weights": _weighing.facts(read_weights(folder)[1])} if manifest.kind == "subset" else {}
+
+
+def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Iterator[str]:
     files = [*manifest.files, *manifest.side]
     yield f"{folder}: {manifest.kind} {manifest.name!r}"
     yield f"  files     {count(len(files), 'file')}, {megabytes(sum(f.bytes for f in files))}"
@@ -60,6 +73,8 @@ def _describe(folder: Path, manifest: Manifest) -> Iterator[str]:
     if "per_class" in manifest.counts and names:
         per_class = manifest.counts["per_class"]
         yield f"  per class {min(per_class):,} to {max(per_class):,} samples"
+    if "weights" in facts:
+        yield f"  weights   {_weighing.spoken(facts['weights'])}"
     for n, line in enumerate(_settings(manifest.config)):
         yield f"  {'settings' if n == 0 else '':<9} {line}"
     yield f"  digest    {manifest.digest}"
@@ -69,6 +84,8 @@ def _describe(folder: Path, manifest: Manifest) -> Iterator[str]:
     if manifest.inputs:
         yield "  made from"
         yield from _lineage(manifest.inputs, "    ")
+    if "scores" in facts:
+        yield from _distribution.lines(facts["scores"])
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -114,7 +114,12 @@ def _check(step: Step) -> None:
         if "data" in _unmet(step):
             _workspace.data(None, "test" if step.command == "evaluate" else "train", "--data")
         if step.command == "select" and needs_scores(config) and "scores" in _unmet(step) and not _workspace.candidates(_workspace.SCORES):
-            raise UsageError(f"method {config.method} ranks by a score, and there are none in scores/: add a section [score]")
+            what = (
+                f"method {config.method} ranks by a score"
+                if config.method not in (None, "random")
+                else "--where or --dedup near reads scores"
+            )
+            raise UsageError(f"{what}, and there are none in scores/: add a section [score]")
     for name in INPUTS:
         path = given(config, name)
         if path is not None and name not in step.links and not path.exists():

@@ -1,44 +1,42 @@
 """`score`: one pass of the teacher over the data, a Parquet part per shard.
 
-1. Each shard's images are decoded once; the final network and the early one (for el2n and grand) look at them as they are evaluated.
-2. Scores from training dynamics (forgetting, aum, correct) are added from the teacher's folder, by id.
+1. Each shard's images are decoded once; the final network and the early one (for el2n and grand) look at them as they are evaluated. With
+   `--epoch` it is the network after that epoch; with `--proxies` several others, trained first, and the mean of what they give.
+2. Scores from training dynamics (forgetting, aum, correct, ...) are added from the teacher's folder, by id.
+3. Scores that `--also` asks for: from the embeddings of all samples, once these are written.
 
-Writes `scores/TEACHER`: `part-NNNNNN.parquet`, and on request `embedding-` and `logits-NNNNNN.arrow`.
+Writes `scores/TEACHER`: `part-NNNNNN.parquet`, and on request `embedding-` and `logits-NNNNNN.arrow`; and `proxies/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from kdprune_pipelines import _workspace
-from kdprune_pipelines._console import Outcome, bar, count, say
-from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
+from kdprune_pipelines import _columns, _proxies, _scoring, _trials, _workspace
+from kdprune_pipelines._columns import Columns
+from kdprune_pipelines._console import Outcome, count, say
+from kdprune_pipelines._estimate import MOST_SECONDS, Estimate, growing, look, measure_growing
 from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
-from numpy.typing import NDArray
+from kdprune_pipelines._proxies import Proxy
+from kdprune_pipelines._scoring import Networks, Scorer
 
-from kdprune_data import order
 from kdprune_data.config import Config, option
-from kdprune_data.errors import FormatError, SourceError, UsageError, some
-from kdprune_data.formats import dynamics
+from kdprune_data.errors import KdpruneError, UsageError, some
+from kdprune_data.formats import standing
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.manifest import Manifest
-from kdprune_data.formats.scores import PART, SCORES, VECTORS, write_part, write_vectors
+from kdprune_data.formats.manifest import NAME, Manifest
+from kdprune_data.formats.scores import SCORES
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from kdprune_data.learn.stream import Images
-    from kdprune_data.scores import Outputs
-
-Columns = dict[str, NDArray[np.float32]]
-FLOAT16_MOST = 65504.0
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,22 @@ class ScoreConfig(Config):
 
     data: Path | None = option(None, help="The data set to score; default data/train.")
     teacher: Path | None = option(None, help="The teacher's folder; default the only one in teachers/.")
+    also: tuple[str, ...] = option((), help="Also make this score, which costs more; may be repeated.", choices=(*_columns.ALSO, "all"))
+    set: tuple[str, ...] = option((), help="A score's setting, SCORE.NAME=VALUE (forgetting.never=zero); may be repeated.")
+    epoch: int | None = option(
+        None,
+        help="Read all that networks say from the weights after this epoch; default the last, for el2n and grand the first kept.",
+        least=1,
+    )
+    proxies: int | None = option(
+        None, help="Train this many networks as the teacher was, and score by the mean of what they say; with --epochs.", least=1, most=1000
+    )
+    epochs: int | None = option(None, help="How long to train --proxies, with a learning rate that does not fall.", least=1)
+    seed: int = option(0, help="Seed of clusterings, in scores from the embedding.", least=0, most=2**31 - 1)
     embedding: bool = option(False, help="Also write each sample's embedding (the last layer's input), float16.")
     logits: bool = option(False, help="Also write each sample's logits, float16.")
     batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
+    memory: int = option(1_000_000_000, help="Bytes for what scores of --also compute with, beside the embeddings.", least=1_000_000)
     code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
@@ -60,30 +71,96 @@ class ScoreConfig(Config):
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """The networks and what they score with."""
+class Job:
+    """What is to be done: the data, the teacher, the scores, their proxies, and where they go."""
 
     config: ScoreConfig
+    data: Dataset
     saved: Saved
-    images: Images
-    final: nn.Module
-    early: nn.Module | None
+    columns: Columns
+    proxies: list[Proxy]
     device: torch.device
-    past: dict[str, NDArray[np.float32]]
-    """Scores from dynamics of all rows of the data set."""
+    folder: Path
+    name: str
+
+    @property
+    def vectors(self) -> list[str]:
+        """The files beside the parts."""
+        wanted = {"embedding": self.config.embedding or bool(self.columns.of("embedding")), "logits": self.config.logits}
+        return [what for what, is_wanted in wanted.items() if is_wanted]
+
+    @property
+    def early_epoch(self) -> int | None:
+        """The epoch whose weights early scores are read from; None: the final ones, or the proxies'."""
+        return None if self.proxies else self.config.epoch or self.saved.early_epoch
 
     @property
     def sources(self) -> dict[str, str]:
-        """Which file of the teacher's each score comes from."""
-        final, recorded = WEIGHTS, f"dynamics of {len(self.saved.recorded_epochs)} epochs"
-        epoch = self.saved.early_epoch
-        early = final if epoch is None else epoch_weights(epoch)
-        by_kind = {"final": final, "early": early, "dynamics": recorded}
-        return {name: by_kind[score.source] for name, score in SCORES.items() if score.source != "dynamics" or name in self.past}
+        """Which file of the teacher's, or what else, each score comes from."""
+        final = WEIGHTS if self.config.epoch is None else epoch_weights(self.config.epoch)
+        early = final if self.early_epoch is None else epoch_weights(self.early_epoch)
+        mean = (
+            f"mean of {len(self.proxies)} {'proxies' if len(self.proxies) > 1 else 'proxy'} after {count(self.config.epochs or 0, 'epoch')}"
+        )
+        by_kind = {
+            "final": mean if self.proxies else final,
+            "early": mean if self.proxies else early,
+            "dynamics": f"dynamics of {len(self.saved.recorded_epochs)} epochs",
+            "embedding": f"{final} (embedding)",
+        }
+        return {name: by_kind[SCORES[name].source] for name in self.columns.names}
+
+    def identity(self, there: Mapping[str, str]) -> Identity:
+        """What is made, of what. there: the digests of inputs noted in the folder, which stand for proxies that are not trained."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "columns": list(self.columns.names),
+            "settings": self.columns.stored(),
+            "early_epoch": self.early_epoch,
+            "epoch": config.epoch,
+            "proxies": {"count": config.proxies, "epochs": config.epochs} if self.proxies else None,
+            "seed": config.seed if self.columns.of("embedding") else None,
+            "embedding": "embedding" in self.vectors,
+            "logits": "logits" in self.vectors,
+            "batch": config.batch,
+            "precision": "float32",
+        }
+        inputs = [self.data.manifest.as_input("data"), self.saved.manifest.as_input("teacher")]
+        return Identity("scores", self.name, settings, [*inputs, *_proxies.as_inputs(self.proxies, there)])
+
+    def scorer(self) -> Scorer:
+        """The work, with its networks; a proxy that is not trained, which is for estimates alone, has its fresh weights."""
+        from kdprune_data.learn.stream import Images
+
+        config = self.config
+        return Scorer(
+            self.columns,
+            Images(self.data),
+            self._networks(),
+            self.sources,
+            self.vectors,
+            batch=config.batch,
+            jobs=config.jobs,
+            memory=config.memory,
+            seed=config.seed,
+        )
+
+    def _networks(self) -> Networks:
+        config, saved = self.config, self.saved
+        if self.proxies:
+            early = final = [proxy.load() if proxy.finished() else proxy.network() for proxy in self.proxies]
+            teacher = saved.load(code=config.code) if self.vectors else None
+        else:
+            last: nn.Module = saved.load(code=config.code, epoch=config.epoch)
+            first = self.early_epoch
+            early = [last if first in (None, config.epoch) else saved.load(code=config.code, epoch=first)]
+            final, teacher = [last], last if self.vectors else None
+        return Networks(early, final, teacher, saved.normalisation, saved.architecture.size, self.device)
 
 
 def run(config: ScoreConfig) -> Outcome:
     """Score a data set. Raises UsageError, MismatchError, SourceError, FormatError and ExistsError."""
+    _check(config)
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
     saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
     data.same_classes(saved.manifest.classes, str(saved.folder))
@@ -92,174 +169,112 @@ def run(config: ScoreConfig) -> Outcome:
         raise UsageError(
             f"{data.folder} has {count(len(unlabelled), 'sample')} without a label ({some(unlabelled)}): these scores need labels"
         )
-    folder, name = _workspace.place(config.out, config.name, _workspace.SCORES, saved.manifest.name)
-    past = _from_dynamics(saved, data)
-    settings: dict[str, Any] = {
-        "columns": [n for n, s in SCORES.items() if s.source != "dynamics" or n in past],
-        "early_epoch": saved.early_epoch,
-        "embedding": config.embedding,
-        "logits": config.logits,
-        "batch": config.batch,
-        "precision": "float32",
-    }
-    identity = Identity("scores", name, settings, [data.manifest.as_input("data"), saved.manifest.as_input("teacher")])
+    job = _job(config, data, saved)
+    noted = _noted(job.folder)
+    identity = job.identity(noted)
     if config.dry_run:
-        state = look(folder, identity, overwrite=config.overwrite)
-        return _estimate(_scorer(config, saved, data, past), folder, state)
-    with Build.begin(folder, identity, overwrite=config.overwrite) as build:
+        return _estimate(job, look(job.folder, identity, overwrite=config.overwrite))
+    if look(job.folder, identity, overwrite=config.overwrite) != "finished" and job.proxies:
+        _proxies.make_all(job.proxies)
+        identity = job.identity(noted)
+    with Build.begin(job.folder, identity, overwrite=config.overwrite) as build:
         if build.done is not None:
             say("already done")
-            return _outcome(folder, build.done)
-        return _outcome(folder, _score(_scorer(config, saved, data, past), build, data))
+            return _outcome(job.folder, build.done)
+        return _outcome(job.folder, _score(job, build))
 
 
-def _scorer(config: ScoreConfig, saved: Saved, data: Dataset, past: dict[str, NDArray[np.float32]]) -> Scorer:
+def _check(config: ScoreConfig) -> None:
+    """Raise UsageError for options that do not go together."""
+    if config.proxies is not None and config.epochs is None:
+        raise UsageError(f"--proxies {config.proxies} says how many networks to train, and --epochs for how long: give both")
+    if config.epochs is not None and config.proxies is None:
+        raise UsageError(f"--epochs {config.epochs} says how long to train --proxies: give both, or --epoch for the teacher's own weights")
+    if config.epoch is not None and config.proxies is not None:
+        raise UsageError(
+            f"--epoch {config.epoch} chooses weights of the teacher and --proxies scores by other networks: give one of the two"
+        )
+
+
+def _job(config: ScoreConfig, data: Dataset, saved: Saved) -> Job:
     from kdprune_data.learn.inference import choose_device
-    from kdprune_data.learn.stream import Images
 
-    early = saved.early_epoch
-    if early is None:
+    _check_epoch(config, saved)
+    columns = _columns.chosen(saved, data, config.also, config.set)
+    implied = columns.of("embedding")
+    if implied and not config.embedding:
+        say(f"{', '.join(implied)}: from the embeddings, which are written too, as with --embedding")
+    device, proxies = choose_device(config.device), list[Proxy]()
+    if config.proxies is not None and config.epochs is not None:
+        how = {"jobs": config.jobs, "code": config.code}
+        proxies = _proxies.of(saved, data, count=config.proxies, epochs=config.epochs, device=device, how=how)
+    elif config.epoch is None and saved.early_epoch is None:
         say("the teacher keeps no early epoch: el2n and grand are read from its final weights")
-    nets = saved.load(code=config.code), saved.load(code=config.code, epoch=early) if early else None
-    return Scorer(config, saved, Images(data), *nets, choose_device(config.device), past)
+    derived = _columns.name_of(saved.manifest.name, epoch=config.epoch, proxies=config.proxies, epochs=config.epochs)
+    folder, name = _workspace.place(config.out, config.name, _workspace.SCORES, derived)
+    return Job(config, data, saved, columns, proxies, device, folder, name)
 
 
-def _from_dynamics(saved: Saved, data: Dataset) -> dict[str, NDArray[np.float32]]:
-    """forgetting, aum and correct of every row of the data set that decodes (others 0); nothing where the teacher did not see them all."""
-    from kdprune_data.scores import FROM_DYNAMICS, History
-
-    epochs = saved.recorded_epochs
-    if not epochs:
-        say("the teacher has no training dynamics: forgetting, aum and correct are left out")
-        return {}
-    if saved.manifest.content not in _workspace.contents(data.manifest.as_input("data")):
-        say("the teacher was trained on other data: forgetting, aum and correct are left out")
-        return {}
-    columns = [dynamics.read(saved.folder, epoch, ["uid", "correct", "logit_margin"]) for epoch in epochs]
-    for epoch, one in zip(epochs, columns, strict=True):
-        if not np.array_equal(one["uid"], columns[0]["uid"]):
-            raise FormatError(
-                f"{saved.folder / dynamics.path_of(epoch)} is not of the same samples, in the same order, as that of epoch {epochs[0]}: "
-                "make or fetch the teacher again"
-            )
-    found = order.locate(columns[0]["uid"], data.uids[data.usable()])
-    if (found < 0).any():
-        say(f"the teacher was trained without {count(int((found < 0).sum()), 'sample')} of these: forgetting, aum and correct are left out")
-        return {}
-    history = History(*(np.stack([c[name][found] for c in columns]) for name in ("correct", "logit_margin")))
-    scores = {}
-    for name, score in FROM_DYNAMICS.items():
-        scores[name] = np.zeros(len(data), np.float32)
-        scores[name][data.usable()] = score(history)
-    return scores
+def _check_epoch(config: ScoreConfig, saved: Saved) -> None:
+    kept = saved.kept_epochs
+    if config.epoch is not None and config.epoch not in kept:
+        named = f"{'epoch' if len(kept) == 1 else 'epochs'} {', '.join(str(e) for e in kept)}"
+        there = f"the weights after {named}; choose one of these, or make" if kept else "no epoch's weights; make"
+        asked = config.epoch
+        raise UsageError(f"--epoch {asked}: {saved.folder} keeps {there} a teacher with `kdprune-data teacher --keep-epochs {asked}`")
 
 
-def _score(scorer: Scorer, build: Build, data: Dataset) -> Manifest:
-    shards = np.unique(data.shards[data.usable()]).tolist()
-    samples = len(data.usable())
-    say(f"scoring {count(samples, 'sample')} in {count(len(shards), 'shard')} on {scorer.device}")
-    if scorer.saved.manifest.content in _workspace.contents(data.manifest.as_input("data")):
-        say("the run that made the teacher makes the scores too: for scores that are independent of it, score with another seed's teacher")
-    todo = [shard for shard in shards if not _stands(scorer.config, build, shard)]
-    left = sum(len(data.rows_of(shard)) for shard in todo)
-    with bar("score", total=samples, initial=samples - left) as progress:
-        for shard in todo:
-            _score_shard(scorer, build, shard, progress.update)
-    counts = {"samples": samples, "shards": len(shards)}
-    return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
+def _noted(folder: Path) -> dict[str, str]:
+    """The digests of the inputs, by role, of what stands in the folder that is to be written, finished or not; none where that cannot be
+    read, which is refused, or replaced, when the folder is begun."""
+    found: Any = None
+    with suppress(OSError, KdpruneError):
+        if (folder / NAME).is_file():
+            there = Manifest.read(folder)
+            found = Identity(there.kind, there.name, there.config, there.inputs).to_json()["inputs"]
+        else:
+            found = (standing.noted(folder) or {}).get("inputs")
+    return found if isinstance(found, dict) else {}
 
 
-def _stands(config: ScoreConfig, build: Build, shard: int) -> bool:
-    """Whether all files of a shard are whole from an earlier run."""
-    names = [PART % shard, *(VECTORS % (what, shard) for what in ("embedding", "logits") if getattr(config, what))]
-    return all(build.finished(name) is not None for name in names)
+def _score(job: Job, build: Build) -> Manifest:
+    if not job.proxies and job.saved.manifest.content in _workspace.contents(job.data.manifest.as_input("data")):
+        say(
+            "the run that made the teacher makes the scores too: for scores that are independent of it, score with --proxies, or with "
+            "another seed's teacher"
+        )
+    past = _columns.past(job.saved, job.data, job.columns)
+    shards = _scoring.score(job.scorer(), build, past)
+    counts = {"samples": len(job.data.usable()), "shards": shards}
+    return build.seal(counts=counts, classes=job.data.classes, content=job.data.manifest.content)
 
 
-def _score_shard(scorer: Scorer, build: Build, shard: int, tick: Callable[[int], None]) -> None:
-    """Score one shard."""
-    data, config = scorer.images.data, scorer.config
-    rows = data.rows_of(shard)
-    pieces: list[Columns] = []
-    vectors: dict[str, list[NDArray[np.float16]]] = {"embedding": [], "logits": []}
-    for columns, found in _scored(scorer, order.batches(rows, config.batch)):
-        pieces.append(columns)
-        for what, values in found.items():
-            vectors[what].append(values)
-        tick(len(columns["loss"]))
-    columns = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
-    columns |= {name: values[rows] for name, values in scorer.past.items()}
-    _check_finite(columns, data, rows)
-    for what, wanted in (("embedding", config.embedding), ("logits", config.logits)):
-        if wanted:
-            write_vectors(build, what, shard, np.concatenate(vectors[what]))
-    ordered = {name: columns[name] for name in SCORES if name in columns}
-    write_part(build, shard, data.ids[rows].tolist(), data.labels[rows], ordered, scorer.sources)
-
-
-def _scored(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[tuple[Columns, dict[str, NDArray[np.float16]]]]:
-    """The scores of each batch of rows that the networks give, and its embedding and logits."""
-    from kdprune_data.learn.inference import evaluating, evaluation_batches
-
-    size = scorer.saved.architecture.size
-    with evaluating(scorer.final, scorer.device), evaluating(scorer.early or scorer.final, scorer.device):
-        for rows, pixels in evaluation_batches(scorer.images, batches, size=size, threads=scorer.config.jobs):
-            final, early = _outputs(scorer, rows, pixels)
-            vectors = {"embedding": final.embedding, "logits": final.logits}
-            half = {n: v.clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16) for n, v in vectors.items()}
-            yield _columns(final, early), half
-
-
-def _estimate(scorer: Scorer, folder: Path, state: str) -> Outcome:
-    """What scoring would do: bytes before compression, seconds from a few batches of the very work."""
-    data, config = scorer.images.data, scorer.config
+def _estimate(job: Job, state: str) -> Outcome:
+    """What scoring would do: bytes before compression, seconds from a few batches of the very work, and from a few trials of the rest."""
+    data, scorer = job.data, job.scorer()
     rows = data.usable()
-    each = 4 * (1 + len(scorer.sources))  # the label and the scores
+    each = 4 * (1 + len(job.columns.names))  # the label and the scores
+    dimensions = 0
 
     def work() -> Iterator[int]:
-        nonlocal each
-        for n, (columns, vectors) in enumerate(_scored(scorer, growing(rows, config.batch))):
+        nonlocal each, dimensions
+        for n, (columns, vectors) in enumerate(_scoring.scored(scorer, growing(rows, job.config.batch))):
             if n == 0:
-                each += sum(vectors[what].nbytes for what in ("embedding", "logits") if getattr(config, what))
+                each += sum(values.nbytes for values in vectors.values())
+                dimensions = vectors["embedding"].shape[1] if "embedding" in vectors else 0
             yield len(columns["loss"])
 
-    seconds = 0.0 if state == "finished" else measure_growing(work(), len(rows))
-    size = each * len(rows) + sum(len(one) for one in data.ids[rows])
     counts = {"sample": len(rows), "shard": len(np.unique(data.shards[rows]))}
-    return Estimate(folder, state, counts, size, seconds).outcome()
-
-
-def _outputs(scorer: Scorer, rows: NDArray[np.int64], pixels: torch.Tensor) -> tuple[Outputs, Outputs]:
-    import torch
-
-    from kdprune_data.learn.models import features
-    from kdprune_data.scores import Outputs
-
-    images = scorer.saved.normalisation.apply(pixels.to(scorer.device))
-    labels = torch.from_numpy(scorer.images.data.labels[rows].astype(np.int64))
-
-    def of(net: nn.Module) -> Outputs:
-        embedding, logits = features(net, images)
-        # Scores are computed in float64, which not every device has.
-        return Outputs(logits.cpu(), labels, embedding.cpu())
-
-    final = of(scorer.final)
-    return final, of(scorer.early) if scorer.early is not None else final
-
-
-def _columns(final: Outputs, early: Outputs) -> Columns:
-    from kdprune_data.scores import FROM_OUTPUTS
-
-    by_source = {"final": final, "early": early}
-    return {name: score(by_source[SCORES[name].source]).float().numpy() for name, score in FROM_OUTPUTS.items()}
-
-
-def _check_finite(columns: Columns, data: Dataset, rows: NDArray[np.int64]) -> None:
-    for name, values in columns.items():
-        bad = data.ids[rows[~np.isfinite(values)]]
-        if len(bad):
-            raise SourceError(
-                f"{name} is not a finite number for {count(len(bad), 'sample')} ({some(bad)}): the teacher's weights are broken"
-            )
+    if state == "finished":
+        return Estimate(job.folder, state, counts, 0, 0.0).outcome()
+    seconds = measure_growing(work(), len(rows))
+    if job.columns.of("embedding"):
+        seconds += _trials.seconds(scorer, dimensions, MOST_SECONDS)
+    proxies, of_proxies, training = _proxies.estimate(job.proxies)
+    if job.proxies:
+        counts["untrained network"] = proxies
+    size = each * len(rows) + sum(len(one) for one in data.ids[rows]) + of_proxies
+    return Estimate(job.folder, state, counts, size, seconds + training).outcome()
 
 
 def _outcome(folder: Path, made: Manifest) -> Outcome:

@@ -1,7 +1,7 @@
 """`select`: which samples to keep, and pruned shards of them.
 
-1. Candidates: the samples of the data set that decode. k = floor(frac * N + 1/2).
-2. Rank them (at random by hash, by a recorded or foreign score) and keep k, balanced by class; or take somebody's list as it is.
+1. Candidates: of the N samples of the data set that decode, those that `--where` and `--dedup` leave. k = floor(frac * N + 1/2).
+2. Keep k of them by a method, balanced by class; or take somebody's list as it is.
 3. Plan the new shards from the index, copy the records byte for byte, write `selection.parquet`.
 
 Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset reads its parent's.
@@ -12,42 +12,40 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+from kdprune_pipelines import _methods as methods
 from kdprune_pipelines import _workspace as workspace
+from kdprune_pipelines._choosing import Task, pick, tell_cost
 from kdprune_pipelines._console import Outcome, count, megabytes, say, track
 from kdprune_pipelines._estimate import Estimate, look
-from kdprune_pipelines._picks import Picks, cost, join, listed_rows, say_short
-from numpy.typing import NDArray
+from kdprune_pipelines._filters import DEDUPS, EPS, Filters, check_digests, check_enough
+from kdprune_pipelines._methods import Choice
+from kdprune_pipelines._numbers import Column, Numbers, open_column, open_scores
+from kdprune_pipelines._picks import Picks, cost, listed_rows, rough_cost
 
-from kdprune_data import order, selectors
+from kdprune_data import order
 from kdprune_data.config import Config, option
-from kdprune_data.errors import MismatchError, SourceError, UsageError, unknown
-from kdprune_data.formats import dataset, indexing, subset
+from kdprune_data.errors import SourceError, UsageError
+from kdprune_data.formats import dataset, foreign, indexing, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
-from kdprune_data.formats.scores import SCORES, Scores
+from kdprune_data.formats.scores import SCORES
 from kdprune_data.formats.shards import Limits
+from kdprune_data.selectors import SELECTORS
 from kdprune_data.selectors.base import BALANCES, ENDS
 from kdprune_data.selectors.ranked import RankedParams
 from kdprune_data.share.cards import Card, dataset_card
-from kdprune_data.sources import foreign
 
 RANKING_LIMIT = 10_000_000
 UPWARDS = Context(prec=2, rounding=ROUND_CEILING)
 """A least value that is told is enough when it is given."""
-
-
-def _check_method(name: str) -> None:
-    if name not in ("random", *SCORES):
-        raise unknown("method", name, ["random", *SCORES])
 
 
 @dataclass(frozen=True)
@@ -56,14 +54,21 @@ class SelectConfig(Config):
 
     data: Path | None = option(None, help="The data set (or subset) to choose from; default data/train.", argument=True)
     frac: str | None = option(None, help="Fraction of the samples to KEEP, above 0 and at most 1.", check=order.fraction)
-    method: str | None = option(None, help=f"random (the default) or a recorded score: {', '.join(SCORES)}.", check=_check_method)
+    method: str | None = option(None, help="How to choose, one of the methods below; default random.", check=methods.check_name)
+    set: tuple[str, ...] = option((), help="A setting of the method; may be given several times.")
     scores: Path | None = option(None, help="Scores folder, or anybody's Parquet file of scores (with --column).")
     column: str | None = option(None, help="Column of --scores FILE.parquet to rank by.")
     hard: str | None = option(None, help="Which end of a foreign column is the hard one.", choices=("high", "low"))
     keep: str | None = option(None, help="Which samples a score keeps; default its hard end.", choices=ENDS)
+    skip_hardest: float | None = option(None, help="Fraction that a score leaves out first, from its hard end.", least=0, most=0.999)
+    where: str | None = option(None, help="Choose only among samples for which this holds, such as 'label != 7 and el2n < 1.2'.")
+    dedup: str | None = option(None, help="Choose only one of each set of equal or nearly equal images.", choices=DEDUPS)
+    dedup_eps: float | None = option(None, help=f"Near is a cosine above 1 - this; default {EPS}.", least=1e-6, most=1)
+    dedup_clusters: int | None = option(None, help="Near is looked for within so many clusters; default one per 1,000 samples.", least=1)
     keys: Path | None = option(None, help="Keep exactly these ids (.txt, .parquet or .npy) instead of ranking.")
     balance: str = option("class", help="Keep class proportions, equal class shares, or neither.", choices=BALANCES)
     seed: int = option(0, help="Seed of the random order and of ties.", least=0)
+    memory: int | None = option(None, help=f"Most bytes of a method's own arrays; default {methods.MEMORY:,}.", least=1)
     ids_only: bool = option(False, help="Write no tars: the subset reads its parent's.")
     ranks: bool = option(False, help=f"Write ranking.parquet above {RANKING_LIMIT:,} samples too.")
     name: str | None = option(None, help="Name in subsets/; default METHOD-FRACTION-sSEED.", check=workspace.plain_name)
@@ -80,51 +85,60 @@ class SelectConfig(Config):
             raise UsageError("say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE")
         if self.keys and (self.method or self.scores or self.column):
             raise UsageError("--keys is a list by itself: it goes without --method, --scores and --column")
+        if self.keys and (self.where or self.dedup or self.set):
+            raise UsageError("--keys is a list by itself: it goes without --where, --dedup and --set")
         if self.method and self.column:
             raise UsageError("--method and --column were both given: --column names the column of --scores FILE to rank by; give one")
-        if self.keep and (self.keys or (self.method or self.column or "random") == "random"):
-            raise UsageError(f"--keep {self.keep} chooses an end of a score, and none ranks here: name one with --method or --column")
         if self.hard and not self.column:
             raise UsageError(f"--hard {self.hard} is for a column of somebody's --scores FILE: recorded scores know which end is hard")
         if self.column and not self.scores:
             raise UsageError("--column names a column of a Parquet file: give the file with --scores FILE")
+        self._check_useful()
 
-
-@dataclass(frozen=True)
-class Choice:
-    """How to choose: what enters the manifest, and what ranks."""
-
-    method: str
-    settings: dict[str, Any]
-    scores: NDArray[np.float64] | None = None
-    hard_is_high: bool = True
-    inputs: tuple[dict[str, Any], ...] = ()
-    rows: NDArray[np.int64] | None = None
+    def _check_useful(self) -> None:
+        """Refuse what would change nothing."""
+        method = "keys" if self.keys else self.column or self.method or "random"
+        ranks = bool(self.column) or methods.of_score(method)
+        if self.keep and not ranks:
+            raise UsageError(f"--keep {self.keep} chooses an end of a score, and none ranks here: name one with --method or --column")
+        if self.skip_hardest is not None and not ranks:
+            raise UsageError(
+                f"--skip-hardest {self.skip_hardest:g} leaves out the hard end of a score, and none ranks here: name one with --method or "
+                "--column"
+            )
+        for option_, given in (("--dedup-eps", self.dedup_eps), ("--dedup-clusters", self.dedup_clusters)):
+            if given is not None and self.dedup != "near":
+                raise UsageError(f"{option_} {given:g} is for --dedup near: leave it out, or give that")
+        heavy = self.dedup == "near" or (not ranks and methods.compares(method))
+        if self.memory is not None and not heavy:
+            raise UsageError(
+                f"--memory {self.memory} bounds methods that compare samples and --dedup near, and {method} is neither: leave it out"
+            )
 
 
 def run(config: SelectConfig) -> Outcome:
     """Select a subset. Raises UsageError, MismatchError, SourceError and ExistsError."""
     started = time.monotonic()
     parent = Dataset.open(workspace.data(config.data, "train", option="DATA"))
-    candidates = parent.usable()
-    choice = _choice(config, parent, candidates)
-    keep, frac = _how_many(config, choice, len(candidates))
-    folder, name = workspace.place(config.out, config.name, workspace.SUBSETS, f"{choice.method}-{order.shortest(frac)}-s{config.seed}")
-    settings = choice.settings | {
-        "method": choice.method,
-        "frac": order.shortest(frac),
+    task = _listed(config, parent) if config.keys else _ranked(config, parent)
+    derived = f"{task.method}-{order.shortest(task.frac)}-s{config.seed}"
+    folder, name = workspace.place(config.out, config.name, workspace.SUBSETS, derived)
+    settings = {
+        **task.settings,
+        "method": task.method,
+        "frac": order.shortest(task.frac),
         "seed": None if config.keys else config.seed,
         "ids_only": config.ids_only,
         "shard_samples": config.shard_samples,
         "shard_bytes": config.shard_bytes,
     }
-    identity = Identity("subset", name, settings, [parent.manifest.as_input("data"), *choice.inputs])
+    identity = Identity("subset", name, settings, [parent.manifest.as_input("data"), *task.numbers.inputs()])
     if config.dry_run:
         state = look(folder, identity, overwrite=config.overwrite)
-        return _estimate(config, folder, state, _pick(config, parent, candidates, choice, keep), started)
+        return _estimate(config, task, folder, state, started)
     with Build.begin(folder, identity, overwrite=config.overwrite) as build:
         try:
-            made = build.done or _write(config, build, _pick(config, parent, candidates, choice, keep))
+            made = build.done or _write(config, build, pick(task))
         except SourceError:  # the parent's shards are damaged: what was copied of them is no start
             build.discard()
             raise
@@ -133,84 +147,68 @@ def run(config: SelectConfig) -> Outcome:
     return _outcome(folder, made)
 
 
-def _choice(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64]) -> Choice:
-    if config.keys:
-        listed = foreign.read_ids(config.keys)
-        return Choice("keys", {"keys": sha256_file(config.keys)}, rows=listed_rows(config.keys, listed, parent))
-    method = config.column or config.method or "random"
-    ranking: dict[str, Any] = {"balance": config.balance}
-    if method == "random" and not config.column:
-        if config.scores:
-            raise UsageError("--scores was given but --method is random, which uses none: name a score with --method or --column")
-        return Choice("random", ranking)
-    ranking["keep"] = config.keep or "hard"
-    if config.scores is not None and not config.scores.is_dir():
-        return _foreign_choice(config, config.scores, parent, candidates, ranking)
-    return _recorded_choice(config, method, parent, candidates, ranking)
+def _listed(config: SelectConfig, parent: Dataset) -> Task:
+    """Somebody's list."""
+    path = config.keys or Path()
+    everyone = parent.usable()
+    rows = listed_rows(path, foreign.read_ids(path), parent)
+    frac = round(Decimal(len(rows)) / len(everyone), 6)
+    settings = {"keys": sha256_file(path)}
+    return Task(parent, everyone, everyone, Numbers(parent), Filters(), len(rows), frac, settings, listed=rows)
 
 
-def _recorded_choice(config: SelectConfig, method: str, parent: Dataset, candidates: NDArray[np.int64], ranking: dict[str, Any]) -> Choice:
-    if method not in SCORES:
-        raise unknown("method", method, ["random", *SCORES])
-    known = workspace.contents(parent.manifest.as_input("data"))
-    where = workspace.one(config.scores, workspace.SCORES, "--scores", lambda m: m.content in known)
-    scores = Scores.open(where)
-    if scores.manifest.content not in known:
-        raise MismatchError(f"{where} scores other data than {parent.folder}: run `kdprune-data score --data {parent.folder}` for these")
-    uids, values = scores.read(method)
-    joined = join(parent, candidates, uids, values.astype(np.float64), str(where))
-    return Choice(method, ranking, joined, SCORES[method].hard == "high", (scores.manifest.as_input("scores"),))
+def _ranked(config: SelectConfig, parent: Dataset) -> Task:
+    """A method, what it reads, and the candidates that `--where` leaves it."""
+    everyone = parent.usable()
+    keep, frac = _how_many(config, len(everyone))
+    choice, column = _choice(config)
+    filters = Filters(config.where, config.dedup, config.dedup_eps or EPS, config.dedup_clusters)
+    numbers = _numbers(config, parent, choice, filters, column)
+    if config.dedup == "exact":
+        check_digests(parent)
+    candidates = filters.wanted(parent, numbers, everyone)
+    check_enough(keep, len(candidates), len(everyone), "--where")
+    theirs = {} if column is None else {"scores_file": sha256_file(column.path), "column": column.name, "hard": column.hard}
+    settings = {"balance": config.balance, **choice.settings, **theirs, **filters.config(len(candidates))}
+    return Task(parent, everyone, candidates, numbers, filters, keep, frac, settings, choice)
 
 
-def _foreign_choice(config: SelectConfig, path: Path, parent: Dataset, candidates: NDArray[np.int64], ranking: dict[str, Any]) -> Choice:
-    if not path.is_file():
-        raise UsageError(f"--scores {path} does not exist: give a scores folder or a Parquet file")
-    if config.column is None:
-        raise UsageError(f"which column of {path} ranks? name it with --column")
-    listed = foreign.read_scores(path, config.column)
-    known = SCORES[config.column].hard if config.column in SCORES else None
-    stated = (listed.metadata or {}).get("hard")
-    if stated not in (None, "high", "low"):
-        raise SourceError(f"{path}: column {config.column!r} says that its hard end is {stated!r}: expected high or low; mend the file")
-    hard = config.hard or stated or known
-    if hard is None:
-        raise UsageError(f"which end of column {config.column!r} is the hard one? say --hard high or --hard low")
-    values = listed.values if listed.values is not None else np.zeros(0)
-    joined = join(parent, candidates, listed.uids, values, str(path))
-    settings = ranking | {"scores_file": sha256_file(path), "column": config.column, "hard": hard}
-    return Choice(config.column, settings, joined, hard == "high")
+def _choice(config: SelectConfig) -> tuple[Choice, Column | None]:
+    """The method with its settings, and the column of another's file where one ranks."""
+    column = None
+    if config.scores is not None and not config.scores.is_dir() and (config.column or config.method in SCORES):
+        column = open_column(config.scores, config.column, config.hard)
+    elif config.column:
+        raise UsageError(f"--column {config.column} is a column of a Parquet file, and --scores {config.scores} is a folder: give --method")
+    name = config.column or config.method or "random"
+    if column is None and name in SELECTORS:
+        return methods.choose(name, config.set, seed=config.seed, balance=config.balance, memory=config.memory), None
+    skip, end = config.skip_hardest or 0.0, config.keep or "hard"
+    params = RankedParams(config.seed, config.balance, config.memory or methods.MEMORY, score=name, end=end, skip_hardest=skip)
+    return methods.rank(name, config.set, params), column
 
 
-def _how_many(config: SelectConfig, choice: Choice, candidates: int) -> tuple[int, Decimal]:
-    if choice.rows is not None:
-        return len(choice.rows), round(Decimal(len(choice.rows)) / candidates, 6)
+def _numbers(config: SelectConfig, parent: Dataset, choice: Choice, filters: Filters, column: Column | None) -> Numbers:
+    """Where what is read comes from: a scores folder, where the method or a filter reads one."""
+    foreign_name = None if column is None else column.name
+    needs = filters.needs(foreign_name) | {name: choice.name for name in choice.needs if name != foreign_name}
+    given = config.scores if column is None else None
+    if not needs:
+        if given is not None:
+            raise UsageError(f"--scores was given but --method is {choice.name}, which uses none: name a score with --method or --column")
+        return Numbers(parent, None, column)
+    if given is not None and given.is_file():
+        raise UsageError(f"--scores {given} is a file, and a scores folder is read: give one, or rank by a column with --column")
+    return Numbers(parent, open_scores(given, parent, needs), column)
+
+
+def _how_many(config: SelectConfig, candidates: int) -> tuple[int, Decimal]:
     frac = order.fraction(config.frac or "")
     keep = order.keep_count(frac, candidates)
     if keep < 1:
         needed = 1 / Decimal(2 * candidates)
         raise UsageError(f"--frac {frac} of {count(candidates, 'sample')} keeps none: at least {needed.normalize(UPWARDS):f} is needed")
     return keep, frac
-
-
-def _pick(config: SelectConfig, parent: Dataset, candidates: NDArray[np.int64], choice: Choice, keep: int) -> Picks:
-    """Rank and choose, or take the list as it is."""
-    scores = None if choice.scores is None else choice.scores.astype(np.float32)
-    if choice.rows is not None:
-        found = Picks(parent, candidates, np.searchsorted(candidates, choice.rows), scores, None)
-    else:
-        pool = selectors.Pool(parent.uids[candidates], parent.labels[candidates])
-        if choice.scores is None:
-            picked = selectors.select("random", pool, keep, selectors.Params(config.seed, config.balance))
-        else:
-            hard = {choice.method: "high" if choice.hard_is_high else "low"}
-            pool = replace(pool, scores={choice.method: choice.scores}, hard=hard)
-            ranked = RankedParams(config.seed, config.balance, score=choice.method, end=config.keep or "hard")
-            picked = selectors.select("score", pool, keep, ranked)
-        found = Picks(parent, candidates, picked.indices, scores, picked.order)
-    say(f"keep {len(found.rows):,} of {count(len(candidates), 'sample')} by {choice.method}")
-    if choice.rows is None and config.balance == "uniform":
-        say_short(found)
-    return found
 
 
 def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
@@ -224,12 +222,12 @@ def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
         plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
         names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))
         index = subset.index_of(parent, plan)
-    subset.write_selection(build, index, None if picks.scores is None else picks.scores[picks.places], None)
+    subset.write_selection(build, index, None if picks.scores is None else picks.scores[picks.places], picks.weights)
     facts = indexing.write_index(build, index, parent.classes, names)
     if picks.ranking is not None and _writes_ranking(config, picks):
         subset.write_ranking(build, parent.ids[picks.candidates].tolist(), picks.scores, picks.ranking)
     build.write("README.md", _card(build, parent, index, facts).encode())
-    counts = facts.counts | {"candidates": len(picks.candidates), "kept": len(rows)}
+    counts = facts.counts | dict(picks.counts) | {"kept": len(rows)}
     side = ["README.md", subset.RANKING]
     return build.seal(counts=counts, classes=parent.classes, content=facts.content, side=side, outside=outside)
 
@@ -238,12 +236,19 @@ def _writes_ranking(config: SelectConfig, picks: Picks) -> bool:
     return picks.ranking is not None and (len(picks.candidates) <= RANKING_LIMIT or config.ranks)
 
 
-def _estimate(config: SelectConfig, folder: Path, state: str, picks: Picks, started: float) -> Outcome:
-    """What selecting would do; what has been done for it so far is part of the time."""
+def _estimate(config: SelectConfig, task: Task, folder: Path, state: str, started: float) -> Outcome:
+    """What selecting would do; what has been done for it so far is part of the time. What takes long is not run, but told."""
     limits = None if config.ids_only else Limits(config.shard_samples, config.shard_bytes)
-    found = cost(picks, limits, jobs=config.jobs, ranking=_writes_ranking(config, picks))
-    counts = {"sample": len(picks.rows)} | ({} if config.ids_only else {"shard": found.shards})
-    return Estimate(folder, state, counts, found.bytes, time.monotonic() - started + found.seconds).outcome()
+    choosing = 0.0
+    if task.choice is not None and task.is_slow:
+        choosing = task.filters.seconds(task.numbers, len(task.candidates), task.choice.params.memory)
+        choosing += tell_cost(task, task.choice, task.candidates)
+        found = rough_cost(task.parent, task.candidates, task.keep, limits)
+    else:
+        picks = pick(task)
+        found = cost(picks, limits, jobs=config.jobs, ranking=_writes_ranking(config, picks))
+    counts = {"sample": task.keep} | ({} if config.ids_only else {"shard": found.shards})
+    return Estimate(folder, state, counts, found.bytes, time.monotonic() - started + choosing + found.seconds).outcome()
 
 
 def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
@@ -257,9 +262,8 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
 def _card(build: Build, parent: Dataset, index: pa.Table, facts: indexing.Facts) -> str:
     identity = build.identity
     shards = [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
-    how = f"by {identity.config['method']}, fraction {identity.config['frac']}"
-    how += "" if identity.config["seed"] is None else f", seed {identity.config['seed']}"
-    note = f"Kept from {parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`) {how}."
+    whole = f"{parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`)"
+    note = f"Kept from {whole} {_how(identity.config)}."
     members = parent.members
     images = [members.image] if members.image and shards else subset.image_members(shards, index)
     if members.label != "cls":
@@ -267,6 +271,18 @@ def _card(build: Build, parent: Dataset, index: pa.Table, facts: indexing.Facts)
     labelled = facts.counts["labelled"] > 0 and members.label == "cls"
     card = Card(identity.name, _split(parent.manifest.as_input("data")), images, labelled, note)
     return dataset_card(card, facts.counts, parent.classes)
+
+
+def _how(made: Mapping[str, Any]) -> str:
+    """How a subset was chosen, for its card: `by ccs (bins 50, cut auto, score aum), fraction 0.1, seed 0; only where ...`."""
+    own = made.get("settings", {}) | {key: made[key] for key in ("keep", "skip_hardest") if made.get(key, "hard") != "hard"}
+    shown = ", ".join(f"{key.replace('_', ' ')} {'auto' if value is None else value}" for key, value in sorted(own.items()))
+    how = f"by {made['method']}{f' ({shown})' if shown else ''}, fraction {made['frac']}"
+    how += "" if made["seed"] is None else f", seed {made['seed']}"
+    how += f"; only where `{made['where']}`" if "where" in made else ""
+    if made.get("dedup") == "near":
+        return f"{how}; without near duplicates (eps {made['dedup_eps']}, in {count(made['dedup_clusters'], 'cluster')})"
+    return how + ("; without exact duplicates" if "dedup" in made else "")
 
 
 def _split(described: Mapping[str, Any]) -> str:

@@ -10,19 +10,18 @@ Writes `teachers/MODEL-sSEED`. With `--weights FILE --epochs 0`, no training: th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kdprune_pipelines import _estimate, _fit, _preview, _recipes, _training, _workspace
+from kdprune_pipelines import _estimate, _fit, _preview, _recipes, _teaching, _training, _workspace
 from kdprune_pipelines._console import Outcome, say
-from kdprune_pipelines._fit import Validation
 from kdprune_pipelines._models import WEIGHTS, plain
+from kdprune_pipelines._teaching import Setup
 from kdprune_pipelines._tensorboard import Board
 from kdprune_pipelines._training import TrainingConfig
+from kdprune_pipelines._weighing import weighing
 
-from kdprune_data import order
 from kdprune_data.config import option
 from kdprune_data.errors import SourceError, UsageError
 from kdprune_data.formats import dynamics
@@ -32,13 +31,10 @@ from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import Manifest, sha256_file
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from kdprune_data.learn.models import Architecture
-    from kdprune_data.learn.recipe import Recipe
     from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Normalisation, Policy
+    from kdprune_data.learn.views import Normalisation
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,6 @@ class TeacherConfig(TrainingConfig):
     weights: Path | None = option(None, help="Adopt these weights (.safetensors, or .pth with weights only); with --epochs 0.")
     mean: tuple[float, ...] = option((), help="Mean of the input channels, in [0, 1] (three times); default the data's.", least=0, most=1)
     std: tuple[float, ...] = option((), help="Standard deviation of the input channels (three times); default the data's.", least=0)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything that training a teacher starts from."""
-
-    data: Dataset
-    images: Images
-    architecture: Architecture
-    normalisation: Normalisation
-    policy: Policy
-    recipe: Recipe
-    device: torch.device
 
 
 def run(config: TeacherConfig) -> Outcome:
@@ -80,6 +63,8 @@ def run(config: TeacherConfig) -> Outcome:
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
     val = _workspace.optional_data(config.val, "val")
     setup = _setup(config, data)
+    if not config.weights:
+        weighing(data, "ignore")  # which says so: students alone are weighed
     folder, name = _workspace.place(config.out, config.name, _workspace.TEACHERS, f"{plain(config.model)}-s{config.seed}")
     init = _training.init_file(config.init, folder)
     settings = _training.setting(
@@ -95,7 +80,7 @@ def run(config: TeacherConfig) -> Outcome:
     settings |= {"record": config.record} if config.record else {}
     place = _preview.Place(folder, Identity("model", name, settings, _training.inputs(data, val=val)), config.overwrite)
     # Before the folder is touched: it may be about to replace what these weights lie in.
-    net = _training.begin_from(_network(config, setup), init or config.weights)
+    net = _training.begin_from(_teaching.network(setup, config.model), init or config.weights)
     if config.dry_run:
         return _estimate_only(config, setup, net, place, val)
     board = None if config.tensorboard is None else Board(config.tensorboard, name, folder)
@@ -117,17 +102,10 @@ def _setup(config: TeacherConfig, data: Dataset) -> Setup:
         raise UsageError(f"{data.folder} has {int((data.labels[rows] < 0).sum()):,} samples without a label: a teacher learns from labels")
     device, images = choose_device(config.device), Images(data)
     # A seed of its own: the views cached for a student of the same --seed would be the very crops that the teacher has learned from.
-    seed = order.derived(config.seed, "views/teacher")
+    seed = _teaching.view_seed(config.seed)
     policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=seed, crops=config.crops())
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
-    return Setup(data, images, architecture, _normalisation(config, images), policy, config.to_recipe(), device)
-
-
-def _network(config: TeacherConfig, setup: Setup) -> nn.Module:
-    """With fresh weights, which no student of the same --seed starts from."""
-    from kdprune_data.learn import models
-
-    return models.build(setup.architecture, seed=order.derived(config.seed, "init/teacher"), code=config.model)
+    return Setup(data, images, architecture, _normalisation(config, images), policy, config.to_recipe(), device, config.jobs)
 
 
 def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
@@ -142,62 +120,17 @@ def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
 
 
 def _keep(config: TeacherConfig, setup: Setup) -> list[int]:
-    from kdprune_data.learn.recipe import Plan
-    from kdprune_data.learn.stream import DrawnViews, Feed
-
-    if config.weights:
-        return []
-    feed = Feed(setup.images, DrawnViews(setup.data, setup.policy), config.batch, config.seed)
-    return _training.kept_epochs(config.keep_epochs, Plan.of(setup.recipe, feed.steps_per_epoch()).epochs)
-
-
-def _job(config: TeacherConfig, setup: Setup, net: nn.Module, val: Validation | None) -> _fit.Job:
-    """The training, and what it notes of each sample."""
-    import torch.nn.functional as F
-
-    from kdprune_data.learn.dynamics import Recorder
-    from kdprune_data.learn.loop import Hooks, Training
-    from kdprune_data.learn.stream import DrawnViews, Feed
-
-    feed = Feed(setup.images, DrawnViews(setup.data, setup.policy), config.batch, config.seed, config.jobs)
-    training = Training(net, feed, setup.recipe, normalisation=setup.normalisation, device=setup.device)
-    recorder = Recorder(len(setup.data), setup.device, len(setup.data.classes) if config.record else None)
-    validated = training.plan.validated(len(setup.data.usable()), None if val is None else val.samples, most=None)
-    hooks = Hooks(observe=recorder.observe, partial=recorder, validated=validated)
-    smoothing = config.label_smoothing
-    return _fit.Job(
-        training,
-        _training.kept_epochs(config.keep_epochs, training.plan.epochs),
-        lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=smoothing),
-        _fit.validating(hooks, training, val),
-    )
+    return [] if config.weights else _training.kept_epochs(config.keep_epochs, setup.plan().epochs)
 
 
 def _train(config: TeacherConfig, build: Build, setup: Setup, net: nn.Module, *, val: Path | None, board: Board | None) -> Manifest:
     from kdprune_data.learn.dynamics import Recorder
 
-    data = setup.data
-    rows = data.usable()
-    validation = _fit.validation(val, data)
-    job = _job(config, setup, net, validation)
-    recorder = job.hooks.partial
-    assert isinstance(recorder, Recorder)
-    _fit.announce(config.model, job.training)
-
-    def after_epoch(epoch: int, row: Mapping[str, Any]) -> None:
-        if row["samples"] == len(rows):  # an epoch cut short by --steps is not recorded: each sample exactly once, or not at all
-            if config.record:
-                dynamics.write_logits(build, epoch, recorder.logits(rows))
-            dynamics.write(build, epoch, recorder.take(rows) | {"uid": data.uids[rows]})
-
-    def leaves(epoch: int) -> list[str]:
-        plan = job.training.plan
-        if epoch * plan.per_epoch > plan.steps:
-            return []
-        return [dynamics.path_of(epoch), *([dynamics.logits_path(epoch)] if config.record else [])]
-
-    counts = _fit.train(replace(job, hooks=replace(job.hooks, after_epoch=after_epoch), board=board, leaves=leaves), build)
-    return build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
+    validation = _fit.validation(val, setup.data)
+    recorder = Recorder(len(setup.data), setup.device, len(setup.data.classes) if config.record else None)
+    job = _teaching.job(setup, net, keep=_keep(config, setup), val=validation, recorder=recorder)
+    recorded = _teaching.recording(job, setup, build, recorder, logits=config.record is not None)
+    return _teaching.train(replace(recorded, board=board), setup, build)
 
 
 def _adopt(build: Build, setup: Setup, net: nn.Module, val: Path | None) -> Manifest:
@@ -224,8 +157,12 @@ def _estimate_only(config: TeacherConfig, setup: Setup, net: nn.Module, place: _
     validation = _fit.validation(val, setup.data)
     samples = len(setup.data.usable())
     if not config.weights:
+        from kdprune_data.learn.dynamics import Recorder
+
         each = dynamics.ROW_BYTES + (2 * len(setup.data.classes) if config.record else 0)
-        return _preview.estimate(place, _job(config, setup, net, validation), validation, per_epoch_bytes=samples * each)
+        recorder = Recorder(len(setup.data), setup.device, len(setup.data.classes) if config.record else None)
+        job = _teaching.job(setup, net, keep=_keep(config, setup), val=validation, recorder=recorder)
+        return _preview.estimate(place, job, validation, per_epoch_bytes=samples * each)
     from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.weights import weights
 

@@ -14,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +189,22 @@ def chain(tmp_path_factory: pytest.TempPathFactory, few_digits: Path, kdprune: C
 def chain_copy(chain: Path, tmp_path: Path) -> Path:
     """A copy of `chain` to write in."""
     return shutil.copytree(chain, tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def weigh() -> Callable[..., None]:
+    """Give the samples of a subset other weights (None: null), and make its manifest fit: as a method that weighs would have written it."""
+    import pyarrow as pa
+
+    from kdprune_data.formats import table
+    from kdprune_data.formats.manifest import File, Manifest, sha256_file
+
+    def change(folder: Path, weights: Iterable[float | None]) -> None:
+        path, manifest = folder / "selection.parquet", Manifest.load(folder)
+        found = pq.read_table(path)
+        at = found.schema.get_field_index("weight")
+        path.write_bytes(table.to_bytes(found.set_column(at, "weight", pa.array(list(weights), pa.float32()))))
+        files = [File(f.path, (folder / f.path).stat().st_size, sha256_file(folder / f.path)) for f in manifest.files]
+        (folder / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
+
+    return change

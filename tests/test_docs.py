@@ -22,6 +22,7 @@ import kdprune_data
 import kdprune_data.formats.scores
 from kdprune_data import errors
 from kdprune_data.formats import dynamics, indexing, logits, subset
+from kdprune_data.selectors import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -100,9 +101,15 @@ def parameters(name: str) -> set[str]:
 
 def command_lines(words: list[str]) -> Iterator[list[str]]:
     """The arguments after each `kdprune-data` in a line of shell, up to `&&`, `;` or `|`."""
-    for part in re.split(r" (?:&&|;|\|) ", " ".join(words)):
-        if part.startswith("kdprune-data "):
-            yield part.split()[1:]
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word in ("&&", ";", "|"):
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    for part in parts:
+        if part[:1] == ["kdprune-data"] and part[1:]:
+            yield part[1:]
 
 
 def check_names(line: str) -> None:
@@ -279,11 +286,17 @@ def test_scores_in_formats() -> None:
 
 
 def test_methods_in_methods() -> None:
-    """docs/methods.md lists every method, each score with its hard end, and defines each."""
-    told = {row[0].strip("`"): row[2] for row in rows_after(METHODS, "## All methods")}
-    assert told == {"random": "has none"} | {name: score.hard for name, score in kdprune_data.formats.scores.SCORES.items()}
+    """docs/methods.md has one table of every method: each score with its hard end, what nests, and a section that defines each."""
+    rows = {row[0].strip("`"): row for row in rows_after(METHODS, "## All methods")}
+    scores, methods = kdprune_data.formats.scores.SCORES, {name: one for name, one in SELECTORS.items() if name != "score"}
+    assert rows.keys() == scores.keys() | methods.keys()
+    assert {name: rows[name][2] for name in scores} == {name: score.hard for name, score in scores.items()}
+    assert {name: rows[name][4] for name in methods} == {name: "yes" if one.nested else "no" for name, one in methods.items()}
+    for name, one in methods.items():
+        assert all(need in rows[name][1] or need in METHODS for need in one.needs(one.params())), name
+        assert ("weights" in rows[name][2]) == (name in ("craig", "gradmatch"))
     headings = set(re.findall(r"\w+", " ".join(re.findall(r"^#+ (.+)$", METHODS, re.M)).lower()))
-    assert told.keys() - headings == set()
+    assert rows.keys() - headings == set()
 
 
 @pytest.mark.parametrize("package", ["kdprune_data", "kdprune_data.scores", "kdprune_data.selectors", "kdprune_data.sources"])

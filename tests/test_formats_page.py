@@ -215,7 +215,19 @@ def test_a_selection(chain: Path) -> None:
     """Which samples are kept, in which order, and the ranking: by quotas in plain loops."""
     folder = only(chain / "subsets")
     listed = keys_of(section("Subset"), "| key of a subset's `config`")
-    left_out = {"keep", "scores_file", "column", "hard", "keys"}
+    left_out = {
+        "keep",
+        "skip_hardest",
+        "settings",
+        "where",
+        "dedup",
+        "dedup_eps",
+        "dedup_clusters",
+        "scores_file",
+        "column",
+        "hard",
+        "keys",
+    }
     assert manifest(folder)["config"].keys() == listed.keys() - left_out
     parent = [(row["id"], row["label"]) for row in rows(chain / "data/train/index.parquet")]
     by_hash = sorted(parent, key=lambda one: order_hash(one[0], 0, "select"))
@@ -273,7 +285,8 @@ def test_dynamics_and_scores(chain: Path) -> None:
     for n in range(3):
         schema = pq.read_schema(folder / f"part-{n:06d}.parquet")
         assert schema.names == ["id", "label", *config["columns"]]
-        assert {name: schema.field(name).metadata[b"hard"].decode() for name in config["columns"]} == hard
+        told = {name: schema.field(name).metadata[b"hard"].decode() for name in config["columns"]}
+        assert told == {name: hard[name] for name in config["columns"]}
         assert all(schema.field(name).metadata.keys() >= {b"hard", b"source"} for name in config["columns"])
         assert [row["id"] for row in rows(folder / f"part-{n:06d}.parquet")] == [row["id"] for row in index if row["shard"] == n]
         for name in ("embedding", "logits"):

@@ -139,7 +139,7 @@ def test_files_and_selection_know_no_torch(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "selectors"])
 def test_selectors_need_numpy_and_scikit_learn_alone(module: str) -> None:
     """A selection method is numbers in, row numbers out."""
-    allowed = {"numpy", "sklearn", *sys.stdlib_module_names}
+    allowed = {"numpy", "sklearn", "threadpoolctl", *sys.stdlib_module_names}
     wrong = [one for one in imports_of(module) if not is_ours(one.name) and one.name.split(".")[0] not in allowed]
     assert listed(module, wrong) == []
 

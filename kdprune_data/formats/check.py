@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.scores import SCORES
 
 Tick = Callable[[int], None]
+RANGES = {
+    "el2n": (0, 2**0.5),
+    "margin": (0, 1),
+    "confidence": (0, 1),
+    "correct": (0, 1),
+    "p_true": (0, 1),
+    "density": (-1, 1),
+    "aum": (-inf, inf),
+}
+"""Between what the values of a score lie; of those not listed, at least 0."""
+SLACK = 1e-5
+"""By how much a rounded value may lie outside."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,14 @@ def scores(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
             if part.schema.field(name).type != pa.float32() or not np.isfinite(values).all():
                 at = np.flatnonzero(~np.isfinite(values))[:1]
                 yield Fault(str(folder / file.path), f"{name} is not finite for {[part['id'][int(n)].as_py() for n in at]}")
+            least, most = RANGES.get(name, (0, inf))
+            for n in np.flatnonzero((values < least - SLACK) | (values > most + SLACK))[:1].tolist():
+                one = part["id"][n].as_py()
+                yield Fault(str(folder / file.path), f"{name} of {one!r} is {values[n]:.4g}: it is from {least:.4g} to {most:.4g}")
             hard = (part.schema.field(name).metadata or {}).get(b"hard", b"").decode()
             if hard != SCORES[name].hard:
                 yield Fault(str(folder / file.path), f"says that the hard end of {name} is {hard!r}, it is {SCORES[name].hard!r}")
-        yield from _vectors(folder, file.path, len(part))
+        yield from _vectors(folder, file.path, len(part), manifest)
         tick(len(part))
     if len(ids) != manifest.counts["samples"] or len(set(ids)) != len(ids):
         yield Fault(
@@ -78,11 +95,14 @@ def scores(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
         )
 
 
-def _vectors(folder: Path, part: str, samples: int) -> Iterator[Fault]:
-    """The embeddings and logits beside a part: a row for each of its samples."""
+def _vectors(folder: Path, part: str, samples: int, manifest: Manifest) -> Iterator[Fault]:
+    """The embeddings and logits beside a part, where the manifest says that there are: a row for each of its samples."""
+    listed = {file.path for file in manifest.files}
     for what in ("embedding", "logits"):
         path = folder / f"{what}-{part[5:11]}.arrow"
-        if path.is_file():
+        if (path.name in listed) != bool(manifest.config[what]):
+            yield Fault(str(path), "is not listed" if manifest.config[what] else f"is listed, and the config says that there is no {what}")
+        elif path.is_file():
             reader = table.ipc_open(path)
             rows = sum(len(reader.get_batch(n)) for n in range(reader.num_record_batches))
             if rows != samples:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import images, order
 from kdprune_data.errors import KdpruneError, SourceError, some
-from kdprune_data.formats import indexing, subset, table, tar
+from kdprune_data.formats import dataset, indexing, subset, table, tar
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
 from kdprune_data.formats.dataset import Dataset
@@ -164,6 +164,10 @@ def _selection(found: Dataset) -> Iterator[Fault]:
     for name in ("id", "uid", "sha256", "label"):
         if not kept[name].equals(found.index[name]):
             yield Fault(str(path), f"its column {name} is not the index's")
+    try:
+        dataset.read_weights(found.folder)
+    except SourceError as error:
+        yield Fault(str(path), str(error).removeprefix(f"{path}: "))
     counts = found.manifest.counts
     if counts["kept"] != len(found):
         yield Fault(str(found.folder / m.NAME), f"says kept {counts['kept']}, there are {len(found)}")

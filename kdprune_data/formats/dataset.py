@@ -26,6 +26,8 @@ from kdprune_data.formats.tar import Maps
 SHARD = "shard-%06d.tar"
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 256_000_000
+WEIGHTS_SCHEMA = pa.schema([("uid", pa.uint64()), ("weight", pa.float32())])
+"""What is read of `selection.parquet` for the weights."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,19 @@ class Dataset:
     def sha256(self) -> NDArray[np.uint8]:
         """uint8 of shape (n, 32): the digest of each image's bytes; zeros where none was taken (`index --no-digests`)."""
         return indexing.digests_of(self.index["sha256"])
+
+    @cached_property
+    def weights(self) -> NDArray[np.float32]:
+        """float32 of shape (n,): how much each sample counts in a student's loss; 1 in a data set.
+
+        Raises FormatError when the subset's table is not of its samples, SourceError as `read_weights` does.
+        """
+        if self.manifest.kind != "subset":
+            return np.ones(len(self), np.float32)
+        uids, weights = read_weights(self.folder)
+        if not np.array_equal(uids, self.uids):
+            raise FormatError(f"{self.folder / indexing.SELECTION} is not of the samples of {indexing.INDEX}: make or fetch it again")
+        return weights
 
     @cached_property
     def has_digests(self) -> bool:
@@ -183,3 +198,22 @@ class Dataset:
 
     def _column(self, name: str, kind: Any) -> NDArray[Any]:
         return np.asarray(self.index[name].to_numpy(zero_copy_only=False), dtype=kind)
+
+
+def read_weights(folder: Path) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """Uids and weights of a subset's samples, in tar order.
+
+    Raises FormatError when the table cannot be read, SourceError for a weight that is negative or no finite number.
+    """
+    path = folder / indexing.SELECTION
+    found = table.read(path, WEIGHTS_SCHEMA, columns=WEIGHTS_SCHEMA.names)
+    uids = np.asarray(found["uid"].to_numpy(), np.uint64)
+    weights = np.array(found["weight"].to_numpy(zero_copy_only=False), np.float32)  # its own memory: torch takes no other
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        first = table.read(path, columns=["id"])["id"][int(bad[0])].as_py()
+        raise SourceError(
+            f"{path}: of {len(weights):,} weights {len(bad):,} are negative or no finite numbers, the first {weights[bad[0]]:g} of "
+            f"{first!r}: make or fetch the subset again"
+        )
+    return uids, weights

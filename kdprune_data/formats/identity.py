@@ -24,7 +24,10 @@ class Identity:
 
     def to_json(self) -> dict[str, Any]:
         """As stored in `.partial/identity.json`; the name is a matter of the folder and does not enter."""
-        inputs = {i["role"]: i["digest"] for i in self.inputs}
+        inputs: dict[str, str] = {}
+        for one in self.inputs:
+            n = sum(role == one["role"] or role.startswith(f"{one['role']} ") for role in inputs)
+            inputs[f"{one['role']} {n + 1}" if n else one["role"]] = one["digest"]  # of several with one role, each counts
         return {"kind": self.kind, "config": json.loads(m.canonical(self.config)), "inputs": inputs}
 
 

@@ -128,7 +128,7 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.lr_at(self.step, self.recipe)
         images = self.normalisation.apply(batch.images.to(self.device))
-        moved = Batch(batch.rows, images, batch.labels.to(self.device), None if batch.logits is None else batch.logits.to(self.device))
+        moved = batch.to(self.device, images)
         with self._compiling():
             logits = self._forward(images)
             loss = loss_of(logits, moved)

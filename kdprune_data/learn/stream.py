@@ -156,23 +156,30 @@ def cached_views(data: Dataset, cache: LogitCache, count: int | None = None) -> 
 @dataclass(frozen=True)
 class Batch:
     """rows: int64 of shape (n,), of the data set; images: uint8 of shape (n, 3, s, s); labels: int64 of shape (n,), -1 = none; logits:
-    the teacher's, float32 of shape (n, c)."""
+    the teacher's, float32 of shape (n, c); weights: how much each sample counts, float32 of shape (n,), None: all alike."""
 
     rows: NDArray[np.int64]
     images: Tensor
     labels: Tensor
     logits: Tensor | None
+    weights: Tensor | None = None
+
+    def to(self, device: torch.device, images: Tensor) -> Batch:
+        """The same on a device, with the images as a network takes them."""
+        logits, weights = (None if one is None else one.to(device) for one in (self.logits, self.weights))
+        return Batch(self.rows, images, self.labels.to(device), logits, weights)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Training batches of a data set, epoch after epoch."""
+    """Training batches of a data set, epoch after epoch. `weights`: of every row, float32 of shape (n,), None: all alike."""
 
     images: Images
     views: ViewSource
     batch: int
     seed: int
     threads: int = 1
+    weights: NDArray[np.float32] | None = None
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """The rows of every batch of an epoch (counted from 0), in order."""
@@ -195,7 +202,8 @@ class Feed:
         size = self.views.policy.size
         images = torch.cat([views.render(self.images.get(rows[at]), boxes.take(at), size) for at in self.images.few(rows)])
         labels = torch.from_numpy(self.images.data.labels[rows].astype(np.int64))
-        return Batch(rows, images, labels, None if logits is None else torch.from_numpy(logits.astype(np.float32)))
+        soft = None if logits is None else torch.from_numpy(logits.astype(np.float32))
+        return Batch(rows, images, labels, soft, None if self.weights is None else torch.from_numpy(self.weights[rows]))
 
 
 def prefetch(make: Callable[[T], R], plan: Iterable[T], threads: int) -> Generator[R, None, None]:
@@ -220,9 +228,9 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
     """Whole training batches of a data set or subset, with the teacher's soft labels: for people with their own training loop.
 
     Iterating yields one epoch of dicts: `image`, normalised float32 of shape (n, 3, s, s); `label`, int64 of shape (n,), -1 = none;
-    `logits`, float32 of shape (n, c), or None without a cache; `id`, a list of n str. Order, views and soft labels are those of
-    `kdprune-data distill` for the same seed. Give it to `DataLoader(..., batch_size=None)`; with workers, batches are shared out in turn
-    and come in the same order.
+    `logits`, float32 of shape (n, c), or None without a cache; `weight`, float32 of shape (n,), the subset's weights, 1 where it has none;
+    `id`, a list of n str. Order, views and soft labels are those of `kdprune-data distill` for the same seed. Give it to
+    `DataLoader(..., batch_size=None)`; with workers, batches are shared out in turn and come in the same order.
 
     subset: a data set or subset folder; logits: a logit cache that covers it; epoch: counted from 0, see `set_epoch`; views: how many of
     the cache's views to use in turn (all). Without logits every epoch draws a fresh view.
@@ -250,7 +258,7 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
         # In shared memory: persistent workers hold a copy of this object, made before the next `set_epoch`.
         self._epoch = torch.tensor(epoch).share_memory_()  # type: ignore[no-untyped-call]  # torch's stub lacks it
         self.normalisation = normalisation_of(images)
-        self._feed = Feed(images, _view_source(data, logits, seed, views), batch_size, seed)
+        self._feed = Feed(images, _view_source(data, logits, seed, views), batch_size, seed, weights=data.weights)
 
     @property
     def epoch(self) -> int:
@@ -272,7 +280,7 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
         for rows in self._feed.plan(epoch)[first::step]:
             batch = self._feed.make(rows, epoch)
             image = self.normalisation.apply(batch.images)
-            yield {"image": image, "label": batch.labels, "logits": batch.logits, "id": ids[rows].tolist()}
+            yield {"image": image, "label": batch.labels, "logits": batch.logits, "weight": batch.weights, "id": ids[rows].tolist()}
 
 
 def _view_source(data: Dataset, logits: str | Path | None, seed: int, count: int | None) -> ViewSource:

@@ -7,12 +7,38 @@ Numbers in, row numbers out; nothing here reads files or imports torch.
 from __future__ import annotations
 
 from kdprune_data.errors import unknown
-from kdprune_data.selectors import random, ranked
+from kdprune_data.selectors import (
+    ccs,
+    craig,
+    d2,
+    dual_beta,
+    facility_location,
+    gradmatch,
+    herding,
+    kcenter,
+    mdslr,
+    moderate,
+    random,
+    ranked,
+)
 from kdprune_data.selectors.base import Cost, Method, Params, Picked, Pool, Size
 
 __all__ = ["SELECTORS", "Cost", "Method", "Params", "Picked", "Pool", "Size", "method", "select"]
 
-SELECTORS: dict[str, Method] = {"random": random.METHOD, "score": ranked.METHOD}
+SELECTORS: dict[str, Method] = {
+    "random": random.METHOD,
+    "score": ranked.METHOD,
+    "ccs": ccs.METHOD,
+    "moderate": moderate.METHOD,
+    "mdslr": mdslr.METHOD,
+    "d2": d2.METHOD,
+    "dual_beta": dual_beta.METHOD,
+    "herding": herding.METHOD,
+    "kcenter": kcenter.METHOD,
+    "craig": craig.METHOD,
+    "facility_location": facility_location.METHOD,
+    "gradmatch": gradmatch.METHOD,
+}
 
 
 def method(name: str) -> Method:

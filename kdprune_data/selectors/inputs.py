@@ -23,6 +23,14 @@ def embedding_of(pool: Pool) -> NDArray[np.float64]:
     return _finite(pool, np.asarray(pool.embedding, np.float64), "embedding").astype(np.float64, copy=False)
 
 
+def embedding_as_stored(pool: Pool) -> NDArray[np.floating]:
+    """The embedding of every candidate as it is, of shape (n, d), for methods that turn it into float64 piece by piece. Raises as
+    `score_of` does."""
+    if pool.embedding is None:
+        raise UsageError("this method needs the embedding: run `kdprune-data score --embedding`")
+    return _finite(pool, np.asarray(pool.embedding), "embedding")
+
+
 def logits_of(pool: Pool) -> NDArray[np.float64]:
     """The logits of every candidate, float64 of shape (n, c). Raises as `score_of` does."""
     if pool.logits is None:
@@ -30,8 +38,20 @@ def logits_of(pool: Pool) -> NDArray[np.float64]:
     return _finite(pool, np.asarray(pool.logits, np.float64), "logits").astype(np.float64, copy=False)
 
 
+def logits_as_stored(pool: Pool) -> NDArray[np.floating]:
+    """The logits of every candidate as they are, of shape (n, c), for methods that turn them into float64 piece by piece. Raises as
+    `score_of` does."""
+    if pool.logits is None:
+        raise UsageError("this method needs the logits: run `kdprune-data score --logits`")
+    return _finite(pool, np.asarray(pool.logits), "logits")
+
+
 def _finite(pool: Pool, values: NDArray[np.floating], name: str) -> NDArray[np.floating]:
-    bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+    rows = 1 + 10_000_000 // max(1, values[:1].size)  # in blocks, so that the check takes no memory to speak of
+    finite = [
+        np.isfinite(values[top : top + rows]).reshape(len(values[top : top + rows]), -1).all(1) for top in range(0, len(values), rows)
+    ]
+    bad = ~np.concatenate([np.empty(0, bool), *finite])
     if bad.any():
         raise SourceError(
             f"{name} is not a finite number for {int(bad.sum()):,} of {len(values):,} candidates (the first has uid "

@@ -50,10 +50,15 @@ def _ranking(pool: Pool, scores: NDArray[np.floating], params: RankedParams, end
     tie = order.order_hash(pool.uids, params.seed, "select")
     high_first = (pool.hard[params.score] == "high") == (end != "easy")
     ranking = np.lexsort((tie, -scores if high_first else scores)).astype(np.int64)
-    if end != "middle":
-        return ranking
-    groups = np.zeros(len(scores), np.int32) if params.balance == "none" else pool.labels
+    return middle_first(pool, ranking, params) if end == "middle" else ranking
+
+
+def middle_first(pool: Pool, ranking: NDArray[np.int64], params: Params) -> NDArray[np.int64]:
+    """A ranking of the pool turned into one that begins with what is nearest to the median place of the other, in sizes of the class: of
+    each class, or with balance `none` of the whole pool. Ties by the order hash."""
+    groups = np.zeros(len(ranking), np.int32) if params.balance == "none" else pool.labels
     place, size = places(ranking, groups)
+    tie = order.order_hash(pool.uids, params.seed, "select")
     return np.lexsort((tie, np.abs(2 * place - (size - 1)) / size)).astype(np.int64)
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from kdprune_data import images
 from kdprune_data.errors import SourceError, some
 from kdprune_data.formats import tar
+from kdprune_data.formats.foreign import read_classes
 from kdprune_data.formats.members import UNLABELLED, UNNAMED, Members, Numbering, classes_beside, numbering
 from kdprune_data.sources.base import Item, Outline, SourceOptions, key_of, listing, outlined, places_of
-from kdprune_data.sources.foreign import read_classes
 
 NAME_BYTES = 100
 """What a USTAR header holds of a name."""

@@ -21,6 +21,8 @@ QUESTIONS = [
     ("kdprune-data select --f", {"--frac"}),
     ("kdprune-data select --balance ", {"class", "uniform", "none"}),
     ("kdprune-data select --frac 0.5 --balance u", {"uniform"}),
+    ("kdprune-data select --method her", {"herding"}),
+    ("kdprune-data select --method den", {"density"}),
     ("kdprune-data -v import --split t", {"train", "test"}),
     ("kdprune-data completion ", set(SHELLS)),
 ]

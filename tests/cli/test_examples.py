@@ -159,6 +159,8 @@ def test_example(tmp_path: Path, few_digits: Path, finished: Path, kdprune: Cli,
         workspace.mkdir()
     else:
         shutil.copytree(finished, workspace)
+    if "herding" in words:
+        assert kdprune("score", "--embedding", "--overwrite", cwd=workspace).code == 0
     maker = Maker(workspace, few_digits, finished, kdprune)
     ran = kdprune(*maker.line([word.removeprefix("/") for word in words]), cwd=workspace)
     assert ran.code == 0, ran.err

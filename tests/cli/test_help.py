@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_examples_use_what_there_is(name: str) -> None:
     lines = [line.strip() for line in (command(name).epilog or "").splitlines() if line.strip().startswith("kdprune-data ")]
     assert lines
     for line in lines:
-        words = line.split()
+        words = shlex.split(line)
         assert words[:2] == ["kdprune-data", name]
         command(name).make_context(name, words[2:])
 

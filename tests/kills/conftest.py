@@ -191,6 +191,18 @@ def scenes(chain: Path, large: Path) -> dict[str, Scene]:
         "score": Scene(
             ["score", "--embedding", "--logits"], (scored,), ("data", "teachers"), ["select", "--frac", "1", "--method", "aum", "--scores"]
         ),
+        "also": Scene(
+            ["score", "--also", "density", "--logits"],
+            (scored,),
+            ("data", "teachers"),
+            ["select", "--frac", "1", "--method", "aum", "--scores"],
+        ),
+        "proxies": Scene(
+            ["score", "--proxies", "2", "--epochs", "1"],
+            (f"{scored}-p2-e1", "proxies/resnet8-s0-e1-p0", "proxies/resnet8-s0-e1-p1"),
+            ("data", "teachers"),
+            ["select", "--frac", "1", "--method", "aum", "--scores"],
+        ),
         "select": Scene(
             ["select", "--frac", "0.5", "--method", "el2n", "--shard-samples", "20"],
             ("subsets/el2n-0.5-s0",),

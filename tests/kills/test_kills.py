@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-FIRST = ("import", "parquet", "index", "teacher", "score", "select", "cache", "grow", "distill")
+FIRST = ("import", "parquet", "index", "teacher", "score", "also", "proxies", "select", "cache", "grow", "distill")
 REPLACING = tuple(f"{name}-overwrite" for name in ("import", "index", "teacher", "score", "select", "cache", "distill"))
 MOMENTS = [
     *((name, place) for name in FIRST for place in ("0.4", "0.65", "manifest", "clearing")),

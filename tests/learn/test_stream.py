@@ -278,7 +278,8 @@ def test_fields(chain: Path, with_logits: bool) -> None:
     assert sorted(one for b in batches for one in b["id"]) == sorted(data.ids.tolist())
     label_of = dict(zip(data.ids.tolist(), data.labels.tolist(), strict=True))
     for batch, n in zip(batches, (18, 18, 18), strict=True):
-        assert list(batch) == ["image", "label", "logits", "id"]
+        assert list(batch) == ["image", "label", "logits", "weight", "id"]
+        assert torch.equal(batch["weight"], torch.ones(n))
         assert (batch["image"].shape, batch["image"].dtype) == ((n, 3, 8, 8), torch.float32)
         assert (batch["label"].shape, batch["label"].dtype) == ((n,), torch.int64)
         assert batch["label"].tolist() == [label_of[one] for one in batch["id"]]
@@ -286,6 +287,34 @@ def test_fields(chain: Path, with_logits: bool) -> None:
             assert (batch["logits"].shape, batch["logits"].dtype) == ((n, 10), torch.float32)
         else:
             assert batch["logits"] is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_weights_come_with_their_samples(chain_copy: Path, weigh: Callable[..., None], workers: int) -> None:
+    """Those of `selection.parquet`, joined by place."""
+    weigh(chain_copy / SUBSET, np.arange(54) / 4)
+    data = Dataset.open(chain_copy / SUBSET)
+    weight_of = dict(zip(data.ids.tolist(), (np.arange(54) / 4).tolist(), strict=True))
+    found = SoftLabelDataset(chain_copy / SUBSET, chain_copy / CACHE, batch_size=20)
+    for batch in DataLoader(found, batch_size=None, num_workers=workers):
+        assert batch["weight"].dtype == torch.float32
+        assert batch["weight"].tolist() == [weight_of[one] for one in batch["id"]]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_feed_gives_each_batch_its_weights(chain: Path, start: int) -> None:
+    data = Dataset.open(chain / "data/train")
+    weights = np.arange(108, dtype=np.float32)
+    drawn = DrawnViews(data, DRAWN)
+    for batch in Feed(Images(data), drawn, 16, 0, 2, weights).epoch(1, start):
+        assert batch.weights is not None
+        assert batch.weights.tolist() == batch.rows.tolist()
+        moved = batch.to(torch.device("cpu"), batch.images[:, :1])
+        assert moved.weights is not None
+        assert torch.equal(moved.weights, batch.weights)
+        assert moved.images.shape[1] == 1
+        assert (moved.rows is batch.rows, torch.equal(moved.labels, batch.labels), moved.logits) == (True, True, None)
+    assert next(Feed(Images(data), drawn, 16, 0).epoch(1)).weights is None
 
 
 @pytest.mark.parametrize("count", [None, 2])

@@ -219,11 +219,16 @@ def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Digests)
     assert digests(chain_copy) == before
 
 
-@pytest.mark.parametrize(("more", "recipe"), [([], {}), (["--ema", "0.8", "--momentum", "0"], {"ema": 0.8, "momentum": 0.0})])
+@pytest.mark.parametrize(
+    ("more", "recipe"),
+    [([], {}), (["--ema", "0.8", "--momentum", "0"], {"ema": 0.8, "momentum": 0.0}), (["--sample-weights", "use"], {})],
+)
 def test_a_killed_student_ends_with_the_same_bytes(
-    chain_copy: Path, started: Cli, kdprune: Cli, digests: Digests, more: list[str], recipe: dict[str, float]
+    chain_copy: Path, started: Cli, kdprune: Cli, digests: Digests, weigh: Cli, more: list[str], recipe: dict[str, float]
 ) -> None:
     """SIGKILL after the sixth of 16 steps, in the middle of an epoch of four."""
+    if "--sample-weights" in more:
+        weigh(chain_copy / SUBSET, [n % 3 for n in range(54)])
     line = ["distill", "--model", "resnet8", "--epochs", "4", "--batch", "16", *more, "--name"]
     kill = (
         "import os, signal\nfrom kdprune_data.learn import loop\nfrom kdprune_data.learn.checkpoint import Checkpoint\n"

@@ -139,19 +139,19 @@ def test_progress_moves_with_every_batch(
 
 def test_a_resumed_run_shows_what_is_there(chain_copy: Path, kdprune: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of the last shard are made to give no finite score: the first two shards stay finished."""
-    from kdprune_pipelines import score
+    from kdprune_pipelines import _scoring
 
     monkeypatch.setattr(_console, "EVERY", 0.0)
-    whole = score._check_finite
+    whole = _scoring._check_finite
 
-    def refuse(columns: Any, data: Any, rows: Any) -> None:
-        if data.shards[rows[0]] == 2:
+    def refuse(scorer: Any, columns: Any, rows: Any) -> None:
+        if scorer.images.data.shards[rows[0]] == 2:
             raise SourceError("interrupted")
-        whole(columns, data, rows)
+        whole(scorer, columns, rows)
 
-    monkeypatch.setattr(score, "_check_finite", refuse)
+    monkeypatch.setattr(_scoring, "_check_finite", refuse)
     assert kdprune("score", "--name", "x", cwd=chain_copy).code == 1
-    monkeypatch.setattr(score, "_check_finite", whole)
+    monkeypatch.setattr(_scoring, "_check_finite", whole)
     ran = kdprune("score", "--name", "x", cwd=chain_copy)
     assert ran.code == 0, ran.err
     assert [one.split(",")[0] for one in ran.err.splitlines() if " of 108 " in one] == ["score: 100% (108 of 108 samples)"]

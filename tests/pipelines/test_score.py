@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kdprune_pipelines import _models
-from kdprune_pipelines import score as stage
+from kdprune_pipelines import _columns, _models, _scoring
 from safetensors.torch import load_file, save_file
 
-from kdprune_data.formats import dynamics
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.formats.scores import SCORES, Scores
 from kdprune_data.learn import models, views
 from kdprune_data.learn.stream import Images
-from kdprune_data.scores import FROM_DYNAMICS, FROM_OUTPUTS, History, Outputs
+from kdprune_data.scores import FROM_OUTPUTS, Outputs
 
+MADE = [name for name, score in SCORES.items() if not score.asked and name != "tdds"]
+"""The scores of a teacher that has not recorded its logits, where nothing more is asked for."""
 Cli = Callable[..., Any]
 Digests = Callable[[Path], dict[str, str]]
 TEACHER, SCORED = Path("teachers/resnet8-s0"), Path("scores/resnet8-s0")
@@ -70,19 +70,19 @@ def test_the_parts(chain: Path) -> None:
     found = parts(chain / SCORED)
     assert [len(part) for part in found] == [len(data.rows_of(n)) for n in range(3)] == [40, 40, 28]
     for part in found:
-        assert part.schema.names == ["id", "label", *SCORES]
-        assert [part.schema.field(n).type for n in part.schema.names] == [pa.string(), pa.int32(), *[pa.float32()] * len(SCORES)]
+        assert part.schema.names == ["id", "label", *MADE]
+        assert [part.schema.field(n).type for n in part.schema.names] == [pa.string(), pa.int32(), *[pa.float32()] * len(MADE)]
     assert column(chain / SCORED, "id").tolist() == data.ids.tolist()
     assert column(chain / SCORED, "label").tolist() == data.labels.tolist()
 
 
 def test_the_fields_say_which_end_is_hard_and_where_they_come_from(chain: Path) -> None:
     early, final, past = "epoch-001.safetensors", "model.safetensors", "dynamics of 3 epochs"
-    expected = {name: {"early": early, "final": final, "dynamics": past}[score.source] for name, score in SCORES.items()}
+    expected = {name: {"early": early, "final": final, "dynamics": past}[SCORES[name].source] for name in MADE}
     for part in parts(chain / SCORED):
-        for name, score in SCORES.items():
+        for name in MADE:
             metadata = {k.decode(): v.decode() for k, v in part.schema.field(name).metadata.items() if not k.startswith(b"PARQUET")}
-            assert metadata == {"hard": score.hard, "source": expected[name]}
+            assert metadata == {"hard": SCORES[name].hard, "source": expected[name]}
 
 
 def test_the_manifest(chain: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_manifest(chain: Path) -> None:
     assert manifest.counts == {"samples": 108, "shards": 3}
     assert manifest.content == Manifest.load(chain / "data/train").content
     assert [i["role"] for i in manifest.inputs] == ["data", "teacher"]
-    assert manifest.config["columns"] == list(SCORES)
+    assert manifest.config["columns"] == MADE
     assert (manifest.config["early_epoch"], manifest.config["batch"], manifest.config["precision"]) == (1, 256, "float32")
 
 
@@ -104,13 +104,6 @@ def test_scores_of_outputs(chain: Path, name: str) -> None:
     assert column(chain / SCORED, name) == pytest.approx(FROM_OUTPUTS[name](out).numpy(), abs=1e-5, rel=1e-5)
     other = outputs(chain, data, epoch=None if SCORES[name].source == "early" else 1)
     assert not np.allclose(column(chain / SCORED, name), FROM_OUTPUTS[name](other).numpy(), atol=1e-2)
-
-
-@pytest.mark.parametrize("name", FROM_DYNAMICS)
-def test_scores_of_dynamics(chain: Path, name: str) -> None:
-    epochs = [dynamics.read(chain / TEACHER, n, ["correct", "logit_margin"]) for n in (1, 2, 3)]
-    past = History(np.stack([e["correct"] for e in epochs]), np.stack([e["logit_margin"] for e in epochs]))
-    assert column(chain / SCORED, name) == pytest.approx(FROM_DYNAMICS[name](past), rel=1e-6)
 
 
 def test_embedding_and_logits(chain: Path) -> None:
@@ -131,7 +124,7 @@ def test_batch_and_jobs_change_nothing(chain_copy: Path, kdprune: Cli, digests: 
     again = chain_copy / "scores/again"
     if more[0] == "--jobs":
         assert digests(again) == digests(chain_copy / SCORED)
-    for name in SCORES:
+    for name in MADE:
         assert column(again, name) == pytest.approx(column(chain_copy / SCORED, name), rel=1e-5, abs=1e-5)
     for what in ("embedding", "logits"):
         assert vectors(again, what) == pytest.approx(vectors(chain_copy / SCORED, what), rel=2e-3, abs=2e-3)
@@ -148,14 +141,14 @@ def test_a_subset_gets_the_scores_of_its_samples(chain_copy: Path, kdprune: Cli)
     rows = [row_of[one] for one in column(half, "id").tolist()]
     assert len(rows) == 54
     assert rows != list(range(54))
-    for name in SCORES:
+    for name in MADE:
         assert column(half, name) == pytest.approx(column(whole, name)[rows], rel=1e-5, abs=1e-5)
 
 
 def test_samples_that_the_teacher_never_saw_have_no_dynamics(chain_copy: Path, kdprune: Cli) -> None:
     ran = kdprune("score", "--data", "data/test", "--name", "test", cwd=chain_copy)
     assert ran.code == 0, ran.err
-    assert "forgetting, aum and correct are left out" in ran.err
+    assert "aum, correct, p_true, dyn_unc, dual and tdds are left out" in ran.err
     assert Scores.open(chain_copy / "scores/test").columns == list(FROM_OUTPUTS)
 
 
@@ -184,12 +177,13 @@ def test_scores_are_computed_on_the_cpu(chain: Path) -> None:
     assert device is not None
     saved, data = _models.open_model(chain / TEACHER), Dataset.open(chain / "data/train")
     net = saved.load(code=None).to(device).eval()
-    scorer = stage.Scorer(stage.ScoreConfig(), saved, Images(data), net, None, device, {})
-    pixels = views.evaluation(scorer.images.get(np.arange(20)), 8)
+    networks = _scoring.Networks([net], [net], net, saved.normalisation, 8, device)
+    columns = _columns.Columns(list(FROM_OUTPUTS), {})
+    scorer = _scoring.Scorer(columns, Images(data), networks, {}, ["embedding", "logits"], batch=20, jobs=1, memory=10**9, seed=0)
+    images = views.evaluation(scorer.images.get(np.arange(20)), 8)
     with torch.no_grad():
-        for out in stage._outputs(scorer, np.arange(20), pixels):
-            assert {one.device.type for one in (out.logits, out.labels, out.embedding)} == {"cpu"}
-            assert all(found(out).isfinite().all() for found in FROM_OUTPUTS.values())
+        found, vectors = _scoring.of_batch(scorer, saved.normalisation.apply(images.to(device)), data.labels[:20].astype(np.int64))
+    assert all(np.isfinite(values).all() for values in (*found.values(), *vectors.values()))
 
 
 def test_what_does_not_decode_has_no_row(tmp_path: Path, kdprune: Cli, class_folders: Path) -> None:
@@ -221,6 +215,11 @@ def test_a_teacher_of_one_epoch_has_no_early_one(chain_copy: Path, kdprune: Cli)
     assert "keeps no early epoch" in ran.err
     (part, *_) = parts(chain_copy / "scores/short")
     assert part.schema.field("el2n").metadata[b"source"] == b"model.safetensors"
+    for name in ("dyn_unc", "dual"):
+        assert f"{name} needs 2 recorded epochs or more, not 1: train the teacher for longer" in ran.err
+        assert name not in part.schema.names
+    ran = kdprune("score", "--teacher", short, "--set", "dual.window=3", "--name", "other", cwd=chain_copy)
+    assert (ran.code, "--set dual.window is for a score that is not computed: train the teacher for longer" in ran.err) == (2, True)
 
 
 # --- refusals
@@ -248,7 +247,7 @@ def test_other_settings_and_other_teachers_are_refused(chain_copy: Path, kdprune
     assert ran.code == 2
     assert "embedding is true, now false" in ran.err
     assert "already done" in kdprune("score", "--embedding", "--logits", cwd=chain_copy).err
-    second = ["teacher", "--model", "resnet8", "--epochs", 1, "--batch", 16, "--seed", 1]
+    second = ["teacher", "--model", "resnet8", "--epochs", 3, "--batch", 16, "--seed", 1]
     assert kdprune(*second, cwd=chain_copy).code == 0
     ran = kdprune("score", "--embedding", "--logits", "--teacher", "teachers/resnet8-s1", "--name", "resnet8-s0", cwd=chain_copy)
     assert (ran.code, "teacher is" in ran.err) == (2, True)

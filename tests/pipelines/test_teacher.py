@@ -152,7 +152,7 @@ def test_recorded_logits_are_what_the_dynamics_were_made_of(workspace: Path, kdp
     assert kdprune(*line, "plain", cwd=workspace).code == 0
     ran = kdprune(*line, "recorded", "--record", "logits", cwd=workspace)
     assert ran.code == 0, ran.err
-    folder, labels = workspace / "teachers/recorded", Dataset.open(workspace / "data/train").labels
+    folder, labels = workspace / "teachers/recorded", Dataset.open(workspace / "data/train").labels.copy()
     every = np.arange(len(labels))
     for epoch in (1, 2):
         logits = dynamics.read_logits(folder, epoch)

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdprune_data.formats.scores import SCORES
 from kdprune_data.learn import models
-from kdprune_data.scores import FROM_DYNAMICS, FROM_OUTPUTS, Outputs
+from kdprune_data.scores import FROM_DYNAMICS, FROM_EMBEDDING, FROM_OUTPUTS, Outputs
 
 Row = list[float]
 
@@ -96,10 +96,25 @@ def test_there_is_a_plain_version_of_each() -> None:
 
 
 def test_the_table_of_meanings_covers_all_scores() -> None:
-    assert set(SCORES) == {*FROM_OUTPUTS, *FROM_DYNAMICS}
-    assert {name for name, score in SCORES.items() if score.source == "dynamics"} == set(FROM_DYNAMICS)
-    assert {name for name, score in SCORES.items() if score.source == "early"} == {"el2n", "grand"}
-    assert {name for name, score in SCORES.items() if score.hard == "low"} == {"margin", "confidence", "aum", "correct"}
+    by_source = {"early": {"el2n", "grand", "grand_full"}, "dynamics": set(FROM_DYNAMICS), "embedding": set(FROM_EMBEDDING)}
+    for source, names in by_source.items():
+        assert {name for name, score in SCORES.items() if score.source == source} == names
+    assert set(SCORES) == {*FROM_OUTPUTS}.union(*by_source.values())
+    assert {name for name, score in SCORES.items() if score.hard == "low"} == {
+        "margin",
+        "confidence",
+        "aum",
+        "correct",
+        "p_true",
+        "density",
+    }
+
+
+def test_el2n_and_grand_by_hand() -> None:
+    """p = (1/2, 1/2) of label 0 is sqrt(1/2) off; with h = (2, 0), grand is sqrt(1 + 4) times that."""
+    out = Outputs(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([[2.0, 0.0]]))
+    assert float(FROM_OUTPUTS["el2n"](out)) == pytest.approx(math.sqrt(0.5))
+    assert float(FROM_OUTPUTS["grand"](out)) == pytest.approx(math.sqrt(2.5))
 
 
 @pytest.mark.parametrize("name", FROM_OUTPUTS)

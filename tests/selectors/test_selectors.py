@@ -192,6 +192,58 @@ def test_scores_of_any_width(kind: type[np.floating]) -> None:
     assert np.array_equal(selectors.select("score", as_kind, 20, params).indices, selectors.select("score", pool, 20, params).indices)
 
 
+# --- the hardest left out
+
+
+def ref_offset(pool: Pool, params: RankedParams, skipped: int) -> list[int]:
+    """All rows in the order in which they are kept: what is left without the hardest, as of any pool; then the hardest."""
+    hardest = ref_kept(pool, "score", replace(params, end="hard"))[:skipped]
+    left = sorted(set(range(len(pool.uids))) - set(hardest))
+    rest = scored(pool.uids[left], pool.labels[left], pool.scores["s"][left], pool.hard["s"])
+    return [left[row] for row in ref_kept(rest, "score", params)] + hardest
+
+
+@pytest.mark.parametrize("hard", ["high", "low"])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_skip_hardest_is_the_references(balance: str, end: str, hard: str) -> None:
+    """Any share and any k that is left: floor(share * n + 1/2) are left out, of each class as many as `--keep hard` would keep."""
+    for sizes in SIZES:
+        pool = replace(pool_of(sizes), hard={"s": hard})
+        n = sum(sizes)
+        for share in ("0.05", "0.25", "0.5", "0.999"):
+            skipped = int(Fraction(share) * n + Fraction(1, 2))
+            params = RankedParams(score="s", end=end, balance=balance, skip_hardest=float(share))
+            expected = ref_offset(pool, params, skipped)
+            for keep in {1, (n - skipped) // 2, n - skipped} & set(range(1, n - skipped + 1)):
+                found = selectors.select("score", pool, keep, params)
+                assert found.indices.tolist() == sorted(expected[:keep])
+                assert found.order is not None
+                assert found.order.tolist() == expected
+
+
+def test_skip_hardest_is_a_window_that_nests() -> None:
+    """A hundred samples, scored 0 to 99: without the hardest tenth `hard` keeps what comes below it, at any k inside the next."""
+    pool = scored(order.uids_of(str(n) for n in range(100)), np.zeros(100, np.int32), np.arange(100.0))
+    for keep in (1, 10, 50, 90):
+        found = selectors.select("score", pool, keep, RankedParams(score="s", skip_hardest=0.1))
+        assert found.indices.tolist() == list(range(90 - keep, 90))
+    middle = selectors.select("score", pool, 10, RankedParams(score="s", skip_hardest=0.1, end="middle"))
+    assert middle.indices.tolist() == list(range(40, 50))
+    easy = selectors.select("score", pool, 10, RankedParams(score="s", skip_hardest=0.1, end="easy"))
+    assert easy.indices.tolist() == list(range(10))
+
+
+def test_skip_hardest_leaves_enough_or_is_refused() -> None:
+    pool = pool_of([50, 50])
+    line = refusal("score", pool, 76, RankedParams(score="s", skip_hardest=0.25), UsageError)
+    assert line == "cannot keep 76: 25 of 100 candidates are left out first, so 75 are left; leave fewer out, or keep fewer"
+    assert len(selectors.select("score", pool, 75, RankedParams(score="s", skip_hardest=0.25)).indices) == 75
+    for share in (-0.1, 1.0, np.nan):
+        with pytest.raises(UsageError, match="skip_hardest"):
+            RankedParams(skip_hardest=share)
+
+
 # --- refusals
 
 
@@ -225,4 +277,5 @@ def test_missing_scores_labels_and_methods_are_refused() -> None:
         line = refusal("random", unlabelled, 2, Params(balance=balance), UsageError)
         assert line == f"--balance {balance} needs labels and 5 samples have none: use --balance none"
     assert len(selectors.select("random", unlabelled, 2, Params(balance="none")).indices) == 2
-    assert refusal("rndom", pool, 2, Params(), UsageError) == "unknown method 'rndom'; did you mean 'random'? known: random, score"
+    line = refusal("rndom", pool, 2, Params(), UsageError)
+    assert line == f"unknown method 'rndom'; did you mean 'random'? known: {', '.join(sorted(selectors.SELECTORS))}"

@@ -18,9 +18,9 @@ import pytest
 
 from kdprune_data import images, order
 from kdprune_data.errors import KdpruneError, SourceError, UsageError
+from kdprune_data.formats.foreign import read_ids, read_scores
 from kdprune_data.sources import Item, SourceOptions, open_source
 from kdprune_data.sources.base import key_of
-from kdprune_data.sources.foreign import read_ids, read_scores
 
 Images = list[tuple[bytes, int]]
 

@@ -1,0 +1,124 @@
+"""What the benchmarks share: loops timed in turns, what they ran on, and tables of the results.
+
+torch is loaded where it is used: the memory of a selection method is measured without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdprune_data import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    made = argparse.ArgumentParser(description=about)
+    made.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
+    made.add_argument("--threads", type=int, default=2, help="Threads of torch.")
+    return made
+
+
+def timing_parser(about: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that runs networks on random images."""
+    made = parser(about)
+    made.add_argument("--models", nargs="+", default=["resnet20", "resnet18"])
+    made.add_argument("--classes", type=int, nargs="+", default=[10])
+    made.add_argument("--size", type=int, default=32, help="Side of an image in pixels.")
+    made.add_argument("--n", type=int, default=256, help="Samples in the batch.")
+    made.add_argument("--rounds", type=int, default=9, help="Rounds; each runs every loop once, one after the other.")
+    made.add_argument("--cpu", action="store_true", help="Count the processor's time, not the clock's: for a machine that does other work.")
+    return made
+
+
+def network(name: str, classes: int, size: int) -> nn.Module:
+    """A network in eval mode, laid out as `score` lays it out; a 3x3 stem at sizes up to 64."""
+    import torch
+
+    from kdprune_data.learn.models import build, resolve
+
+    made = build(resolve(name, classes=classes, size=size), seed=0)
+    return made.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+def batch(n: int, classes: int, size: int) -> tuple[Tensor, Tensor]:
+    """Random images, float32 of shape (n, 3, size, size), and labels, int64 of shape (n,)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, 3, size, size, generator=generator)
+    return images.contiguous(memory_format=torch.channels_last), torch.randint(classes, (n,), generator=generator)
+
+
+def in_turns(loops: Mapping[str, Callable[[], object]], rounds: int, *, cpu: bool = False) -> dict[str, list[float]]:
+    """Seconds of each loop in each round. Rounds, so that what else the machine does falls on all loops alike; one round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    clock = time.process_time if cpu else time.perf_counter
+    for n in range(rounds + 1):
+        for name, loop in loops.items():
+            start = clock()
+            loop()
+            if n:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, float]:
+    """The median over the rounds of each loop's time by that of `base` in the same round."""
+    return {name: statistics.median(a / b for a, b in zip(own, seconds[base], strict=True)) for name, own in seconds.items()}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers were measured on; from here on torch computes in so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return {
+        "kdprune_data": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def show(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the rows as a markdown table, under a line that says where they were measured; or all as one JSON object."""
+    if as_json:
+        print(json.dumps({"machine": about, "rows": list(rows)}))
+        return
+    print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print(_line(names))
+    print(_line("---" for _ in names))
+    for row in rows:
+        print(_line(_text(row.get(name)) for name in names))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Numbers about artefacts, for people to read."""

@@ -1,0 +1,185 @@
+"""The numbers that a selection reads of samples: scores by name, the `embedding`, the `logits`, from one scores folder, the one given or
+found by convention; a column of somebody's file stands in for one score. What is lacking is named with the command that provides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kdprune_pipelines import _workspace as workspace
+from kdprune_pipelines._picks import join
+from numpy.typing import NDArray
+
+from kdprune_data.errors import MismatchError, SourceError, UsageError
+from kdprune_data.formats import foreign
+from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.foreign import Named
+from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.scores import KINDS_OF_VECTORS, SCORES, Scores
+from kdprune_data.selectors import Pool
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of somebody's file that stands in for a score: its name, its numbers, which end is hard, and the file."""
+
+    name: str
+    listed: Named
+    hard: str
+    path: Path
+
+
+def open_column(path: Path, column: str | None, hard: str | None) -> Column:
+    """A column of somebody's Parquet file. hard: which end of it is, where the file and its name do not tell.
+
+    Raises UsageError where the file, the column or the hard end is not said, SourceError for a file that cannot be used.
+    """
+    if not path.is_file():
+        raise UsageError(f"--scores {path} does not exist: give a scores folder or a Parquet file")
+    if column is None:
+        raise UsageError(f"which column of {path} ranks? name it with --column")
+    listed = foreign.read_scores(path, column)
+    known = SCORES[column].hard if column in SCORES else None
+    stated = (listed.metadata or {}).get("hard")
+    if stated not in (None, "high", "low"):
+        raise SourceError(f"{path}: column {column!r} says that its hard end is {stated!r}: expected high or low; mend the file")
+    end = hard or stated or known
+    if end is None:
+        raise UsageError(f"which end of column {column!r} is the hard one? say --hard high or --hard low")
+    return Column(column, listed, end, path)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a selection may read of the samples of a data set: a scores folder, a column of somebody's file, or both."""
+
+    parent: Dataset
+    scores: Scores | None = None
+    column: Column | None = None
+
+    def score(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """A score of some rows. Raises MismatchError or SourceError where one has none."""
+        if self.column is not None and name == self.column.name:
+            listed, where = self.column.listed, str(self.column.path)
+            values = np.zeros(0) if listed.values is None else listed.values
+            return join(self.parent, rows, listed.uids, values, where)
+        scores = self._folder()
+        uids, found = scores.read(name)
+        return join(self.parent, rows, uids, found.astype(np.float64), str(scores.folder))
+
+    def hard(self, name: str) -> str:
+        """Which end of a score is the hard one."""
+        return self.column.hard if self.column is not None and name == self.column.name else SCORES[name].hard
+
+    def vectors(self, what: str, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The `embedding` or `logits` of some rows, float16 of shape (n, d). Raises MismatchError where one has none."""
+        scores = self._folder()
+        uids, found = scores.vectors(what)
+        places = join(self.parent, rows, uids, np.arange(len(uids), dtype=np.float64), str(scores.folder))
+        return found[places.astype(np.int64)]
+
+    def pool(self, needs: Sequence[str], rows: NDArray[np.int64]) -> Pool:
+        """The candidates with all that a method reads of them."""
+        names = [name for name in needs if name not in KINDS_OF_VECTORS]
+        embedding, logits = (self.vectors(what, rows) if what in needs else None for what in KINDS_OF_VECTORS)
+        scores = {name: self.score(name, rows) for name in names}
+        hard = {name: self.hard(name) for name in names}
+        return Pool(self.parent.uids[rows], self.parent.labels[rows], scores, hard, embedding, logits)
+
+    def widths(self, needs: Sequence[str]) -> tuple[int, int]:
+        """Numbers in an embedding and in a row of logits, 0 where none is read."""
+        found = [self._folder().width(what) if what in needs else 0 for what in KINDS_OF_VECTORS]
+        return found[0], found[1]
+
+    def inputs(self) -> tuple[dict[str, Any], ...]:
+        """As a manifest lists them."""
+        return () if self.scores is None else (self.scores.manifest.as_input("scores"),)
+
+    def _folder(self) -> Scores:
+        if self.scores is None:
+            raise UsageError("this selection reads scores and none were found: give a folder with --scores")
+        return self.scores
+
+
+def open_scores(given: Path | None, parent: Dataset, needs: Mapping[str, str]) -> Scores:
+    """The one scores folder that has all that is read: the one given, or found by convention. needs: the names, each with what reads it.
+
+    Raises UsageError where there is none, several, or what is read is lacking, naming the command that provides it; MismatchError where
+    the folder given scores other data.
+    """
+    known = workspace.contents(parent.manifest.as_input("data"))
+    if given is None:
+        given = _found(known, needs)
+    scores = Scores.open(given)
+    if scores.manifest.content not in known:
+        raise MismatchError(f"{given} scores other data than {parent.folder}: run `kdprune-data score --data {parent.folder}` for these")
+    lacking = _lacking(scores.manifest, needs)
+    if lacking:
+        raise UsageError(f"{given} has no {_needed(lacking, needs)}: {_how(lacking, scores.manifest.config)}")
+    return scores
+
+
+def _found(known: set[str], needs: Mapping[str, str]) -> Path:
+    """The folder in its usual place that has all that is read, or else the only one. Raises UsageError."""
+    fitting = workspace.candidates(workspace.SCORES, lambda m: m.content in known)
+    if not fitting and score_command(needs) != "kdprune-data score":
+        raise UsageError(
+            f"no fitting score in {workspace.SCORES}/, which is to have {_needed(needs, needs)}: {_how(needs, None)}, or give a folder "
+            "with --scores"
+        )
+    whole = [folder for folder in fitting if not _lacking(Manifest.read(folder), needs)]
+    if whole or not fitting:
+        return workspace.one(None, workspace.SCORES, "--scores", lambda m: m.content in known and not _lacking(m, needs))
+    if len(fitting) == 1:
+        return fitting[0]
+    raise UsageError(
+        f"none of those in {workspace.SCORES}/ ({', '.join(f.name for f in fitting)}) has {_needed(needs, needs)}: {_how(needs, None)} "
+        "--name NAME, or give a folder with --scores"
+    )
+
+
+def _lacking(manifest: Manifest, needs: Iterable[str]) -> list[str]:
+    has = {*manifest.config["columns"], *(what for what in KINDS_OF_VECTORS if manifest.config[what])}
+    return [name for name in needs if name not in has]
+
+
+def _how(lacking: Iterable[str], made: Mapping[str, Any] | None) -> str:
+    """What to do for scores and vectors that are lacking, beside those that were made."""
+    names = list(lacking)
+    teacher = teacher_command(names)
+    score = f"run `{score_command(names, made)}{' --overwrite' if made is not None else ''}`"
+    if not teacher:
+        return score
+    note = "" if "tdds" in names else " (an adopted one has no dynamics)"
+    return f"train a teacher with `{teacher}`{note}, then {score}"
+
+
+def _needed(names: Iterable[str], needs: Mapping[str, str]) -> str:
+    """`embedding and aum, which d2 needs`."""
+    listed = list(names)
+    readers = list(dict.fromkeys(needs[name] for name in listed))
+    return f"{_and(listed)}, which {_and(readers)} need{'s' if len(readers) == 1 else ''}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def score_command(names: Iterable[str], also: Mapping[str, Any] | None = None) -> str:
+    """The `kdprune-data score` that makes these scores and vectors; `also`: the config of scores that stand, whose own are kept."""
+    made = dict(also or {})
+    wanted = {*names, *made.get("columns", []), *(what for what in KINDS_OF_VECTORS if made.get(what))}
+    vectors = [f"--{what}" for what in KINDS_OF_VECTORS if what in wanted]
+    asked = [f"--also {name}" for name, score in SCORES.items() if score.asked and name in wanted]
+    return " ".join(["kdprune-data", "score", *vectors, *asked])
+
+
+def teacher_command(names: Iterable[str]) -> str:
+    """How the teacher is made that these scores can be read from; empty where any will do."""
+    if "tdds" in names:
+        return "kdprune-data teacher --record logits"
+    return "kdprune-data teacher" if any(name in SCORES and SCORES[name].source == "dynamics" for name in names) else ""

@@ -1,0 +1,240 @@
+"""The passes of `score`: networks over the shards, and then what is computed from the embeddings of all samples.
+
+Without scores from the embedding a shard's part is written when the networks have seen it. With them, the first pass writes the embeddings
+and sets the other columns aside in `.partial/`; the second computes from the embeddings as they are stored, and writes the parts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from kdprune_pipelines._columns import Columns
+from kdprune_pipelines._console import bar, count, say
+from numpy.typing import NDArray
+
+from kdprune_data import order
+from kdprune_data.errors import SourceError, some
+from kdprune_data.formats.build import Build
+from kdprune_data.formats.scores import PART, SCORES, VECTORS, read_vectors, write_part, write_vectors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from kdprune_data.learn.stream import Images
+    from kdprune_data.learn.views import Normalisation
+    from kdprune_data.scores import Embedded, Outputs
+
+Values = dict[str, NDArray[np.float32]]
+FLOAT16_MOST = 65504.0
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks by what they are asked for: `early` and `final` scores, each the mean over its networks; `teacher` for the files of
+    embeddings and logits, None where none are written. `size`: the side of their input, in pixels."""
+
+    early: Sequence[nn.Module]
+    final: Sequence[nn.Module]
+    teacher: nn.Module | None
+    normalisation: Normalisation
+    size: int
+    device: torch.device
+
+    @property
+    def all(self) -> list[nn.Module]:
+        """Each once."""
+        found = {id(net): net for net in (*self.early, *self.final, *([] if self.teacher is None else [self.teacher]))}
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The work: which scores of which images by which networks. `vectors`: the files beside the parts; `sources`: where each score comes
+    from, as files tell; `memory` in bytes."""
+
+    columns: Columns
+    images: Images
+    networks: Networks
+    sources: Mapping[str, str]
+    vectors: Sequence[str]
+    batch: int
+    jobs: int
+    memory: int
+    seed: int
+
+
+def score(scorer: Scorer, build: Build, past: Values) -> int:
+    """Write all parts, and the files beside them; what an earlier run has written stays. Returns the number of shards.
+
+    past: the scores from dynamics, of every row of the data set. Raises SourceError for a score that is no finite number.
+    """
+    data = scorer.images.data
+    rows = data.usable()
+    shards = np.unique(data.shards[rows]).tolist()
+    say(f"scoring {count(len(rows), 'sample')} in {count(len(shards), 'shard')} on {scorer.networks.device}")
+    todo = [shard for shard in shards if not _stands(scorer, build, shard)]
+    left = sum(len(data.rows_of(shard)) for shard in todo)
+    names = scorer.columns.of("embedding")
+    with bar("score", total=len(rows), initial=len(rows) - left) as progress:
+        for shard in todo:
+            found = _one_shard(scorer, build, shard, progress.update)
+            if names:
+                _set_aside(build, _aside(shard), found)
+            else:
+                _write(scorer, build, shard, found | {name: values[data.rows_of(shard)] for name, values in past.items()})
+    if names:
+        _second_pass(scorer, build, shards, past)
+    build.keep_only(file.path for file in build.files() if not file.path.startswith(_scratch(build, "")))
+    return len(shards)
+
+
+def _stands(scorer: Scorer, build: Build, shard: int) -> bool:
+    """Whether an earlier run has left all that the networks give of a shard."""
+    vectors = all(build.finished(VECTORS % (what, shard)) is not None for what in scorer.vectors)
+    aside = bool(scorer.columns.of("embedding")) and build.finished(_scratch(build, _aside(shard))) is not None
+    return vectors and (aside or build.finished(PART % shard) is not None)
+
+
+def _one_shard(scorer: Scorer, build: Build, shard: int, tick: Callable[[int], None]) -> Values:
+    """The networks' scores of one shard; its embeddings and logits are written."""
+    rows = scorer.images.data.rows_of(shard)
+    pieces: list[Values] = []
+    vectors: dict[str, list[NDArray[np.float16]]] = {what: [] for what in scorer.vectors}
+    for columns, found in scored(scorer, order.batches(rows, scorer.batch)):
+        pieces.append(columns)
+        for what, values in found.items():
+            vectors[what].append(values)
+        tick(len(columns["loss"]))
+    columns = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+    _check_finite(scorer, columns, rows)
+    for what, batches in vectors.items():
+        write_vectors(build, what, shard, np.concatenate(batches))
+    return columns
+
+
+def scored(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[tuple[Values, dict[str, NDArray[np.float16]]]]:
+    """The scores of each batch of rows that the networks give, and its embedding and logits."""
+    from kdprune_data.learn.inference import evaluating, evaluation_batches
+
+    networks = scorer.networks
+    with ExitStack() as stack:
+        for net in networks.all:
+            stack.enter_context(evaluating(net, networks.device))
+        for rows, pixels in evaluation_batches(scorer.images, batches, size=networks.size, threads=scorer.jobs):
+            labels = scorer.images.data.labels[rows].astype(np.int64)
+            yield of_batch(scorer, networks.normalisation.apply(pixels.to(networks.device)), labels)
+
+
+def of_batch(scorer: Scorer, images: Tensor, labels: NDArray[np.int64]) -> tuple[Values, dict[str, NDArray[np.float16]]]:
+    """The scores that the networks give of a batch, and what the teacher says of it. images: float of shape (n, 3, s, s), normalised."""
+    import torch
+
+    from kdprune_data.learn.models import features
+    from kdprune_data.scores import FROM_MODEL, FROM_OUTPUTS, Outputs
+
+    networks, truth, heard = scorer.networks, torch.from_numpy(labels), dict[int, Outputs]()
+
+    def says(net: nn.Module) -> Outputs:
+        if id(net) not in heard:
+            embedding, logits = features(net, images)
+            # Scores are computed in float64, which not every device has.
+            heard[id(net)] = Outputs(logits.cpu(), truth, embedding.cpu())
+        return heard[id(net)]
+
+    columns: Values = {}
+    for name in scorer.columns.of("early", "final"):
+        nets = networks.early if SCORES[name].source == "early" else networks.final
+        if name in FROM_MODEL:
+            each = [FROM_MODEL[name](net, images, truth.to(networks.device), memory=scorer.memory) for net in nets]
+        else:
+            each = [FROM_OUTPUTS[name](says(net)) for net in nets]
+        columns[name] = (each[0] if len(each) == 1 else torch.stack(each).mean(0)).float().numpy()
+    if networks.teacher is None:
+        return columns, {}
+    said = says(networks.teacher)
+    half = {what: getattr(said, what).clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16) for what in scorer.vectors}
+    return columns, half
+
+
+def _aside(shard: int) -> str:
+    return f"outputs-{shard:06d}.npy"
+
+
+def _scratch(build: Build, name: str) -> str:
+    """The path, in the artefact, of something that is gone when it is sealed; written and trusted as its files are."""
+    folder = build.scratch("x").relative_to(build.folder).parent
+    return f"{folder.as_posix()}/{name}"
+
+
+def _set_aside(build: Build, name: str, columns: Values) -> None:
+    """Keep columns until all of them are there, in the order of their names."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack([columns[one] for one in sorted(columns)]), allow_pickle=False)
+    build.write(_scratch(build, name), buffer.getvalue())
+
+
+def _taken_up(build: Build, name: str, names: Sequence[str]) -> Values:
+    """What was set aside under these names."""
+    return dict(zip(sorted(names), np.load(build.folder / _scratch(build, name), allow_pickle=False), strict=True))
+
+
+def _second_pass(scorer: Scorer, build: Build, shards: Sequence[int], past: Values) -> None:
+    """The scores from the embedding, and the parts with all columns."""
+    data = scorer.images.data
+    todo = [shard for shard in shards if build.finished(PART % shard) is None]
+    if not todo:
+        return
+    embedded = _embedded(scorer, build, shards)
+    whole = dict(past)
+    for name in scorer.columns.of("embedding"):
+        aside = f"{name}.npy"
+        if build.finished(_scratch(build, aside)) is None:
+            say(f"{name}: {count(len(embedded.uids), 'embedding')} of {count(embedded.embedding.shape[1], 'number')}")
+            _set_aside(build, aside, {name: from_embedding(scorer, name, embedded)})
+        whole[name] = np.zeros(len(data), np.float32)
+        whole[name][data.usable()] = _taken_up(build, aside, [name])[name]
+    for shard in todo:
+        rows = data.rows_of(shard)
+        found = _taken_up(build, _aside(shard), scorer.columns.of("early", "final"))
+        _write(scorer, build, shard, found | {name: values[rows] for name, values in whole.items()})
+
+
+def _embedded(scorer: Scorer, build: Build, shards: Sequence[int]) -> Embedded:
+    """The embeddings of all samples, as stored."""
+    from kdprune_data.scores import Embedded
+
+    data = scorer.images.data
+    rows = data.usable()
+    stored = np.concatenate([read_vectors(build.folder / (VECTORS % ("embedding", shard)), "embedding") for shard in shards])
+    return Embedded(data.uids[rows], data.labels[rows], stored, scorer.seed, scorer.memory)
+
+
+def from_embedding(scorer: Scorer, name: str, embedded: Embedded) -> NDArray[np.float32]:
+    """One score of all samples."""
+    from kdprune_data.scores import FROM_EMBEDDING
+
+    return FROM_EMBEDDING[name].compute(embedded, scorer.columns.settings[name]).astype(np.float32)
+
+
+def _write(scorer: Scorer, build: Build, shard: int, columns: Values) -> None:
+    """Write one part."""
+    data = scorer.images.data
+    rows = data.rows_of(shard)
+    _check_finite(scorer, columns, rows)
+    ordered = {name: columns[name] for name in scorer.columns.names}
+    write_part(build, shard, data.ids[rows].tolist(), data.labels[rows], ordered, scorer.sources)
+
+
+def _check_finite(scorer: Scorer, columns: Values, rows: NDArray[np.int64]) -> None:
+    for name, values in columns.items():
+        bad = scorer.images.data.ids[rows[~np.isfinite(values)]]
+        if len(bad):
+            raise SourceError(
+                f"{name} is not a finite number for {count(len(bad), 'sample')} ({some(bad)}): the teacher's weights are broken"
+            )

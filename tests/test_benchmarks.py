@@ -1,0 +1,46 @@
+"""benchmarks/: every script runs, on next to nothing. What they measure is for people to read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
+SMALL = ("--models", "resnet8", "--size", "8", "--n", "3", "--rounds", "1", "--threads", "1")
+
+pytestmark = pytest.mark.skipif(not ROOT.exists(), reason="not a checkout")
+
+
+def ran(script: str, *options: object) -> str:
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "column"),
+    [("grand_full.py", "grand_full / forward"), ("score_outputs.py", "scored / plain")],
+)
+def test_ratios(script: str, column: str) -> None:
+    made = json.loads(ran(script, *SMALL, "--json"))
+    assert made["machine"]["threads"] == 1
+    assert [row[column] > 0 for row in made["rows"]] == [True]
+
+
+def test_methods(chain: Path) -> None:
+    """As a table: the command for what lacks its input, the cost of what has it."""
+    scores = next((chain / "scores").iterdir())
+    text = ran("methods.py", "--data", chain / "data" / "train", "--scores", scores, "--fractions", "0.1", "--methods", "random", "herding")
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.split("|")[1:4]] == ["method", "fraction", "kept"]
+    assert [row.split("|")[1].strip() for row in rows] == ["random", "herding"]
+
+
+def test_no_script_hides_a_module() -> None:
+    """A script's folder is the first that Python looks in: one called `selectors.py` would stand in the place of the library's."""
+    assert {path.stem for path in ROOT.glob("*.py")} & sys.stdlib_module_names == set()
