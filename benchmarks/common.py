@@ -26,6 +26,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=about)
     made.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
     made.add_argument("--threads", type=int, default=2, help="Threads of torch.")
+    made.add_argument("--cpu", action="store_true", help="Count the processor's time, not the clock's: for a machine that does other work.")
     return made
 
 
@@ -37,7 +38,6 @@ def timing_parser(about: str) -> argparse.ArgumentParser:
     made.add_argument("--size", type=int, default=32, help="Side of an image in pixels.")
     made.add_argument("--n", type=int, default=256, help="Samples in the batch.")
     made.add_argument("--rounds", type=int, default=9, help="Rounds; each runs every loop once, one after the other.")
-    made.add_argument("--cpu", action="store_true", help="Count the processor's time, not the clock's: for a machine that does other work.")
     return made
 
 

@@ -1,7 +1,7 @@
 """What exact gradient norms over all parameters cost, in plain forward passes over the same images.
 
-Beside `grand_full` run, in the same rounds: torch.func's vmap of grad over the whole batch, in chunks; and with `--loop N` a backward pass
-for each of the first N samples, whose time is scaled to the batch.
+Beside `grand_full` run, in the same rounds, where they are asked for: with `--vmap N` torch.func's vmap of grad over the whole batch, N
+samples at a time; with `--loop N` a backward pass for each of the first N samples, whose time is scaled to the batch.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def looped(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def main() -> None:
     made = timing_parser(__doc__.partition("\n")[0] if __doc__ else "")
     made.add_argument("--memory", type=int, default=1_000_000_000, help="Bytes that grand_full may take.")
-    made.add_argument("--chunk", type=int, default=16, help="Samples at a time of vmap; 0: leave it out.")
+    made.add_argument("--vmap", type=int, default=0, help="Samples at a time of vmap; 0: leave it out.")
     made.add_argument("--loop", type=int, default=0, help="Samples of the naive loop; 0: leave it out.")
+    made.set_defaults(rounds=5, n=128)
     asked = made.parse_args()
     about = machine(asked.threads) | {"n": asked.n, "rounds": asked.rounds, "time": "processor" if asked.cpu else "clock"}
     rows: list[dict[str, Any]] = []
@@ -65,8 +66,8 @@ def main() -> None:
                 "forward": lambda net=net, x=images: forward(net, x),
                 "grand_full": lambda net=net, x=images, y=labels: FROM_MODEL["grand_full"](net, x, y, memory=asked.memory),
             }
-            if asked.chunk:
-                loops["vmap"] = lambda net=net, x=images, y=labels: mapped(net, x, y, asked.chunk)
+            if asked.vmap:
+                loops["vmap"] = lambda net=net, x=images, y=labels: mapped(net, x, y, asked.vmap)
             if asked.loop:
                 loops["loop"] = lambda net=net, x=images[: asked.loop], y=labels[: asked.loop]: looped(net, x, y)
             seconds = in_turns(loops, asked.rounds, cpu=asked.cpu)

@@ -66,12 +66,13 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"method": asked.by if asked.one == RANKED else asked.one, "fraction": asked.fractions[0]}
     pool = pool_of(Dataset.open(asked.data), Scores.open(asked.scores), found.needs(params))
     keep = order.keep_count(order.fraction(asked.fractions[0]), len(pool.uids))
-    before, start = peak(anew=True), time.perf_counter()
+    clock = time.process_time if asked.cpu else time.perf_counter
+    before, start = peak(anew=True), clock()
     try:
         picked = found.select(pool, keep, params)
     except KdpruneError as error:
         return row | {"note": str(error)}
-    seconds, used = time.perf_counter() - start, peak() - before
+    seconds, used = clock() - start, peak() - before
     weighs = "no" if picked.weights is None else "yes"
     return row | {"kept": len(picked.indices), "seconds": seconds, "MB above the pool": used / 1e6, "weights": weighs}
 
@@ -79,7 +80,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 def started(asked: argparse.Namespace, name: str, fraction: float) -> dict[str, Any]:
     """The same in a fresh process, whose peak is its own."""
     command = [sys.executable, __file__, "--data", asked.data, "--scores", asked.scores, "--one", name, "--fractions", fraction]
-    command += ["--memory", asked.memory, "--by", asked.by]
+    command += ["--memory", asked.memory, "--by", asked.by, *(["--cpu"] if asked.cpu else [])]
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(asked.threads))
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -101,7 +102,7 @@ def main() -> None:
     if asked.one:
         print(json.dumps(measure(asked)))
         return
-    about = machine(asked.threads)
+    about = machine(asked.threads) | {"time": "processor" if asked.cpu else "clock"}
     rows = [started(asked, name, fraction) for name in asked.methods for fraction in asked.fractions]
     show(rows, about | {"n": len(Dataset.open(asked.data).usable())}, as_json=asked.json)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from kdprune_pipelines import _recipes, _workspace
-from kdprune_pipelines._filters import reads_scores
 from kdprune_pipelines._recipes import ORDER, Recipe
 from kdprune_pipelines._steps import INPUTS, UNSET, Link, Step, fits, found_of, given, input_of, linked, name_of, place_of, same
 
@@ -98,8 +97,8 @@ def _open(command: str, config: Any) -> Iterator[str]:
 
 
 def needs_scores(config: Any) -> bool:
-    """Whether a selection reads a scores folder: its method does, or a filter."""
-    return not config.keys and reads_scores(config.column, config.method, config.where, config.dedup)
+    """Whether a selection reads a scores folder: its method does, or a filter. Raises UsageError for settings or filters that are none."""
+    return bool(config.needs())
 
 
 def _makers(command: str, option: str, made: Sequence[Step]) -> list[Link]:

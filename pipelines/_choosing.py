@@ -11,13 +11,13 @@ import numpy as np
 from kdprune_pipelines import _methods as methods
 from kdprune_pipelines._console import count, say
 from kdprune_pipelines._filters import Filters, check_enough
-from kdprune_pipelines._methods import Choice
+from kdprune_pipelines._methods import RANKED, Choice
 from kdprune_pipelines._numbers import Numbers
 from kdprune_pipelines._picks import Picks, say_short
 from numpy.typing import NDArray
 
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.selectors import Pool
+from kdprune_data.selectors import SELECTORS, Pool
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,14 @@ def _chosen(task: Task, choice: Choice) -> Picks:
     if filters.dedup:
         counts["after_dedup"] = len(unique.rows)
     if filters.dedup == "exact":
-        counts["label_conflicts"] = unique.conflicts
+        counts["label_conflicts"] = len(unique.conflicts)
     tell_cost(task, choice, unique.rows)
     pool = task.numbers.pool(choice.needs, unique.rows)
     picked = choice.method.select(pool, task.keep, params)
+    if picked.left_out:
+        counts["after_cut"] = len(unique.rows) - picked.left_out
+        which = "hardest" if choice.method is SELECTORS[RANKED] else "of lowest aum"
+        say(f"{choice.name}: {picked.left_out:,} of {count(len(unique.rows), 'candidate')}, those {which}, are left out first")
     scores = None if choice.ranks_by is None else np.asarray(pool.scores[choice.ranks_by], np.float32)
     return Picks(parent, unique.rows, picked.indices, scores, picked.order, picked.weights, counts)
 

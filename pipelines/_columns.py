@@ -64,8 +64,11 @@ def name_of(teacher: str, *, epoch: int | None = None, proxies: int | None = Non
     return teacher if epoch is None else f"{teacher}-e{epoch}"
 
 
-def chosen(saved: Saved, data: Dataset, also: Sequence[str], given: Sequence[str]) -> Columns:
-    """The scores that can be made of a teacher and asked for, with what `--set` says. Raises UsageError for a setting that is none."""
+def chosen(saved: Saved, data: Dataset, also: Sequence[str], given: Sequence[str], *, code: str | None) -> Columns:
+    """The scores that can be made of a teacher and asked for, with what `--set` says. `code`: the user's own function, where it is one.
+
+    Raises UsageError for a setting that is none, and for a network that has no last layer to read.
+    """
     from kdprune_data.scores import FROM_DYNAMICS
 
     wanted, lacking = asked(also), _lacking(saved, data)
@@ -78,15 +81,29 @@ def chosen(saved: Saved, data: Dataset, also: Sequence[str], given: Sequence[str
             say(f"{name} needs whole logits: make the teacher with --record logits")
     few = set() if lacking is not None else _too_few(len(saved.recorded_epochs), set() if recorded else whole)
     left_out = set(ALSO) - wanted | few | (whole if not recorded else set()) | (set(DYNAMICS) if lacking is not None else set())
+    if not _linear(saved, code):
+        say("grand is left out: it is of a linear last layer, and this network ends in a convolution; --also grand_full fits any")
+        left_out.add("grand")
     names = [name for name in SCORES if name not in left_out]
     texts = _by_score(given)
     for score, of in texts.items():
-        if score not in names:
+        if score not in names and score != "grand":
             first = f"--set {score}.{next(iter(of))} is for a score that is not computed"
             other = "train the teacher for longer" if score in few else "make the teacher with --record logits"
             why = f"add --also {score}" if score in set(ALSO) - wanted else lacking or other
             raise UsageError(f"{first}: {why}, or leave it out")
     return Columns(names, {name: _settings(name, texts.get(name, {})) for name in names})
+
+
+def _linear(saved: Saved, code: str | None) -> bool:
+    """Whether the last layer of a teacher's network is a Linear one. Raises UsageError when it has none that can be read."""
+    from torch import nn
+
+    from kdprune_data.learn import models
+
+    if saved.architecture.name in models.CIFAR:  # which need not be made to know it
+        return True
+    return isinstance(models.head(models.build(saved.architecture, seed=0, code=code)), nn.Linear)
 
 
 def _too_few(epochs: int, but: Collection[str]) -> set[str]:
@@ -112,6 +129,14 @@ def _by_score(given: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def check_settings(given: Sequence[str]) -> list[str]:
+    """The scores that `--set` speaks of. Raises UsageError for a setting that none has, before there is a teacher."""
+    texts = _by_score(given)
+    for score, of in texts.items():
+        _settings(score, of)
+    return list(texts)
+
+
 def _settings(score: str, given: Mapping[str, str]) -> Settings:
     """A score's settings; messages name it too."""
     from kdprune_data.scores import FROM_DYNAMICS, FROM_EMBEDDING
@@ -134,10 +159,26 @@ def _lacking(saved: Saved, data: Dataset) -> str | None:
         return "the teacher has no training dynamics (`kdprune-data teacher` records them while it trains)"
     if saved.manifest.content not in _workspace.contents(data.manifest.as_input("data")):
         return "the teacher was trained on other data (`kdprune-data teacher --data` records the dynamics of these)"
+    if not data.has_digests and data_of(saved)["digest"] not in _digests(data.manifest.as_input("data")):
+        return (
+            "without digests of the images (index --no-digests) nothing tells whether the teacher was trained on these samples or others "
+            "of the same ids (`kdprune-data teacher --data` records the dynamics of these)"
+        )
     found = order.locate(dynamics.read(saved.folder, epochs[0], ["uid"])["uid"], data.uids[data.usable()])
     if (found < 0).any():
         return f"the teacher was trained without {count(int((found < 0).sum()), 'sample')} of these"
     return None
+
+
+def data_of(saved: Saved) -> Mapping[str, Any]:
+    """The data that a teacher was trained on, as an input's description."""
+    found: Mapping[str, Any] = next(one for one in saved.manifest.inputs if one["role"] == "data")
+    return found
+
+
+def _digests(described: Mapping[str, Any]) -> set[str]:
+    """The digests of a data set (as an input's description) and of all data sets it was chosen from."""
+    return {described["digest"]}.union(*(_digests(one) for one in described["inputs"] if one["role"] == "data"))
 
 
 def past(saved: Saved, data: Dataset, columns: Columns) -> dict[str, NDArray[np.float32]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from kdprune_pipelines._console import bar, count
-from kdprune_pipelines._tables import aligned, number, short
+from kdprune_pipelines._tables import PAGE, aligned, number
 from numpy.typing import NDArray
 
 from kdprune_data import order
@@ -21,7 +21,7 @@ from kdprune_data.report import summary
 
 RANKED_MOST = 1_000_000
 """Rank correlations are taken over at most so many samples."""
-CLASSES_SHOWN = 12
+CLASSES_SHOWN = 10
 NAMES = {0.0: "min", 1.0: "max"}
 """What the outer quantiles are called."""
 
@@ -116,24 +116,33 @@ def _plain(value: float) -> float | None:
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The facts as three tables."""
     columns = found["columns"]
-    yield "  scores    as they are written; hard: the end where the hard samples are; quantiles and mean over all samples"
+    yield "  scores    hard: the end where the hard samples are; quantiles and mean over all samples"
     percent = [NAMES.get(at, f"{at * 100:g} %") for at in summary.QUANTILES]
     rows = [[n, c["hard"] or "?", *map(number, (*c["quantiles"].values(), c["mean"]))] for n, c in columns.items()]
-    yield from aligned(["", "hard", *percent, "mean"], rows, "    ")
+    yield from aligned(["", "hard", *percent, "mean"], rows)
     classes, which = _classes(found["per_class"])
     if classes:
         yield f"  classes   means of {which}"
         sizes = ["samples", *(f"{c['samples']:,}" for c in classes)]
         rows = [[n, *(number(c["means"][n]) for c in classes)] for n in columns]
-        yield from aligned(["", *(short(c["class"]) for c in classes)], [sizes, *rows], "    ")
+        yield from aligned(["", *(c["class"] for c in classes)], [sizes, *rows])
     ranks = found["correlations"]
     table_of = ranks["spearman"]
     flat = "; -: a score that does not vary" if any(v is None for row in table_of.values() for v in row.values()) else ""
     among = count(ranks["samples"], "sample") + (f" of {ranks['of']:,}, chosen by hash" if ranks["of"] > ranks["samples"] else "")
     yield f"  ranks     Spearman's rank correlations over {among}; equal values share a rank{flat}"
+    yield from _ranks(table_of)
+
+
+def _ranks(table_of: Mapping[str, Mapping[str, float | None]]) -> Iterator[str]:
+    """Each score against those above it, by their names where a page is wide enough, else by their numbers."""
     names = list(table_of)
-    rows = [[f"{n + 1} {a}", *(_signed(table_of[a][b]) for b in names[: n + 1])] for n, a in enumerate(names)]
-    yield from aligned(["", *(str(n + 1) for n in range(len(names)))], rows, "    ")
+    rows = [[a, *(_two_digits(table_of[a][b]) for b in names[:n])] for n, a in enumerate(names)]
+    lines = list(aligned(["", *names[:-1]], rows))
+    if max(map(len, lines)) > PAGE:
+        numbered = [[f"{n + 1:>2} {row[0]}", *row[1:]] for n, row in enumerate(rows)]
+        lines = list(aligned(["", *(str(n + 1) for n in range(len(names) - 1))], numbered, "  "))
+    yield from lines
 
 
 def _classes(per_class: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -142,9 +151,17 @@ def _classes(per_class: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
     if len(there) <= CLASSES_SHOWN:
         return there, "each class, from the hardest (on average over the scores) to the easiest"
     half = CLASSES_SHOWN // 2
-    which = f"the {half} hardest and the {half} easiest of {len(there):,} classes (on average over the scores; all with --json)"
+    which = f"the {half} hardest and {half} easiest of {len(there):,} classes (over all scores; others with --json)"
     return [*there[:half], *there[-half:]], which
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no minus before nothing
+def _two_digits(value: float | None) -> str:
+    """A rank correlation, without the zero before the point.
+
+    >>> [_two_digits(value) for value in (0.123, -0.5, 1.0, -0.001, None)]
+    ['.12', '-.50', '1', '0', '-']
+    """
+    if value is None:
+        return "-"
+    rounded = round(value, 2)
+    return f"{rounded:.0f}" if abs(rounded) == 1 else f"{rounded:.2f}".replace("0.", ".", 1) if rounded else "0"

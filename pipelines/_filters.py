@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from kdprune_pipelines._methods import many, seconds
 from kdprune_pipelines._numbers import Numbers
 from numpy.typing import NDArray
 
-from kdprune_data.errors import UsageError
+from kdprune_data import order
+from kdprune_data.errors import UsageError, some
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.scores import SCORES
 from kdprune_data.selectors import dedup
@@ -21,7 +23,9 @@ from kdprune_data.selectors.where import Where, parse
 
 Rows = NDArray[np.int64]
 DEDUPS = ("exact", "near")
-EPS = 0.05
+EPS = 0.01
+MANY = 0.2
+"""The share of the candidates above which near duplicates are more than one expects."""
 NUMBERS = ("label", "width", "height")
 OWN = ("id", "class", *NUMBERS)
 """The columns of any data set."""
@@ -36,30 +40,32 @@ class Filters:
     eps: float = EPS
     clusters: int | None = None
 
-    def needs(self, column: str | None = None) -> dict[str, str]:
-        """What they read of a scores folder, each with the option that does. column: a score that comes from elsewhere.
+    def needs(self, theirs: Collection[str] = ()) -> dict[str, str]:
+        """What they read of a scores folder, each with the option that does. theirs: columns that come from elsewhere.
 
         Raises UsageError for what is no expression.
         """
-        names = self._parsed((), column).names if self.where else frozenset()
-        scores = {name: "--where" for name in SCORES if name in names and name != column}
+        scores = {name: "--where" for name in SCORES if name in self.names(theirs) and name not in theirs}
         return scores | ({"embedding": "--dedup near"} if self.dedup == "near" else {})
 
+    def names(self, theirs: Collection[str]) -> frozenset[str]:
+        """The columns that the expression names. Raises UsageError for what is none."""
+        return frozenset(self._parsed((), theirs).names) if self.where else frozenset()
+
     def config(self, candidates: int) -> dict[str, Any]:
-        """What enters the manifest; candidates: how many `where` leaves."""
-        found: dict[str, Any] = {"where": " ".join(self.where.split())} if self.where else {}
+        """What enters the manifest; candidates: how many `where` leaves. Raises UsageError for too many clusters."""
+        found: dict[str, Any] = {"where": self.where.strip()} if self.where else {}
         if self.dedup:
             found["dedup"] = self.dedup
         if self.dedup == "near":
-            found |= {"dedup_eps": self.eps, "dedup_clusters": self.clusters or dedup.default_clusters(candidates)}
+            found |= {"dedup_eps": self.eps, "dedup_clusters": self._clusters(candidates)}
         return found
 
     def wanted(self, parent: Dataset, numbers: Numbers, rows: Rows) -> Rows:
         """The rows that the expression holds for. Raises UsageError for what is none."""
         if self.where is None:
             return rows
-        column = None if numbers.column is None else numbers.column.name
-        found = self._parsed(parent.classes, column)
+        found = self._parsed(parent.classes, numbers.theirs)
         kept = rows[found.test(_columns(parent, numbers, rows, found))]
         say(f"where: {len(kept):,} of {count(len(rows), 'candidate')}")
         return kept
@@ -74,10 +80,10 @@ class Filters:
             found = dedup.exact(uids, parent.sha256[rows], parent.labels[rows], seed=seed)
         else:
             self.seconds(numbers, len(rows), memory)
-            clusters = self.clusters or dedup.default_clusters(len(rows))
-            found = dedup.near(uids, numbers.vectors("embedding", rows), dedup.Near(self.eps, clusters, seed, memory))
-        self._tell(len(rows), found)
-        return Kept(rows[found.rows], found.groups, found.conflicts)
+            how = dedup.Near(self.eps, self._clusters(len(rows)), seed, memory)
+            found = dedup.near(uids, numbers.vectors("embedding", rows), how)
+        self._tell(len(rows), found, parent.ids[rows[found.conflicts]])
+        return Kept(rows[found.rows], found.groups, rows[found.conflicts])
 
     def seconds(self, numbers: Numbers, candidates: int, memory: int) -> float:
         """Say what looking for near duplicates is about to take; the seconds of that. Raises UsageError where the memory is too little."""
@@ -85,29 +91,30 @@ class Filters:
             return 0.0
         width, _ = numbers.widths(["embedding"])
         dedup.check_memory(candidates, width, memory)
-        clusters = self.clusters or dedup.default_clusters(candidates)
+        clusters = self._clusters(candidates)
         most = float(candidates) * width * (dedup.ROUNDS * clusters * (clusters > 1) + candidates / clusters)
         say(f"dedup near: {count(candidates, 'sample')} in {count(clusters, 'cluster')}, up to {many(most)} multiplications")
         return seconds(most)
 
-    def _tell(self, before: int, found: Kept) -> None:
+    def _clusters(self, candidates: int) -> int:
+        if self.clusters is not None:
+            dedup.check_clusters(self.clusters, candidates)
+        return self.clusters or dedup.default_clusters(candidates)
+
+    def _tell(self, before: int, found: Kept, conflicts: Iterable[str]) -> None:
         gone = before - len(found.rows)
         what = f"{gone:,} left out, duplicates of {count(found.groups, 'sample')} that stay" if gone else "no duplicates"
         say(f"dedup {self.dedup}: {len(found.rows):,} of {count(before, 'candidate')}; {what}")
-        if found.conflicts:
-            say(f"{count(found.conflicts, 'group')} of the same image with labels that disagree: look at these labels")
+        if self.dedup == "near" and gone > MANY * before:
+            share = f"{gone / before:.0%} of the candidates count as near duplicates at eps {self.eps:g}"
+            say(f"{share}: if that is too many, give a smaller --dedup-eps")
+        if len(found.conflicts):
+            groups = count(len(found.conflicts), "group")
+            say(f"{groups} of the same image with labels that disagree, kept under {some(conflicts)}: look at these labels")
 
-    def _parsed(self, classes: Any, column: str | None) -> Where:
-        numbers = dict.fromkeys([*NUMBERS, *SCORES, *([] if column is None else [column])])
+    def _parsed(self, classes: Any, theirs: Iterable[str]) -> Where:
+        numbers = dict.fromkeys([*NUMBERS, *SCORES, *theirs])
         return parse(self.where or "", list(numbers), {"id": None, "class": list(classes) or None})
-
-
-def reads_scores(column: str | None, method: str | None, where: str | None, dedup: str | None) -> bool:
-    """Whether a selection reads a scores folder: its method, unless it is random or a column of another's file, or a filter.
-
-    Raises UsageError for an expression that is none.
-    """
-    return (not column and method not in (None, "random")) or bool(Filters(where, dedup).needs(column))
 
 
 def check_digests(parent: Dataset) -> None:
@@ -120,15 +127,17 @@ def check_digests(parent: Dataset) -> None:
 
 
 def check_enough(keep: int, left: int, of: int, which: str) -> None:
-    """Raise UsageError where fewer candidates are left than are to be kept."""
+    """Raise UsageError where fewer candidates are left than are to be kept, with the largest fraction that could be."""
     if keep > left:
-        raise UsageError(f"{keep:,} of {count(of, 'sample')} are to be kept, and {which} leaves {left:,}: keep fewer, or leave more")
+        most = order.shortest((Decimal(left) / of).quantize(Decimal("1e-6"), ROUND_FLOOR))
+        way = f"keep fewer (--frac {most} at most), or leave more" if left else "leave more"
+        raise UsageError(f"{keep:,} of {count(of, 'sample')} are to be kept, and {which} leaves {left:,}: {way}")
 
 
 def _columns(parent: Dataset, numbers: Numbers, rows: Rows, found: Where) -> Mapping[str, NDArray[Any]]:
     """The columns that an expression names, of some rows."""
     foreign = None if numbers.column is None else numbers.column.name
-    return {name: _own(parent, rows, name) if name in OWN and name != foreign else numbers.score(name, rows) for name in found.names}
+    return {name: _own(parent, rows, name) if name in OWN and name != foreign else numbers.compared(name, rows) for name in found.names}
 
 
 def _own(parent: Dataset, rows: Rows, name: str) -> NDArray[Any]:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from kdprune_pipelines._advice import score_command
 from kdprune_pipelines._console import count, duration, megabytes
-from kdprune_pipelines._numbers import score_command
 
 from kdprune_data.config import pairs
 from kdprune_data.errors import UsageError, unknown
 from kdprune_data.formats.scores import KINDS_OF_VECTORS, SCORES
 from kdprune_data.selectors import SELECTORS, Cost, Method, Params, Pool, Size
 from kdprune_data.selectors.base import SHARED
+from kdprune_data.selectors.points import smallest_parts
 from kdprune_data.selectors.quota import groups
 from kdprune_data.selectors.ranked import RankedParams
 
@@ -32,6 +33,12 @@ def check_name(name: str) -> None:
     """Raise UsageError for a name that is no method, suggesting the nearest."""
     if name not in NAMES:
         raise unknown("method", name, NAMES)
+
+
+def check_column(name: str) -> None:
+    """Raise UsageError for a column of another's file that would pass for something else: a method, a list, or vectors."""
+    if (name in NAMES and name not in SCORES) or name in (*KINDS_OF_VECTORS, "keys"):
+        raise UsageError(f"--column {name} has the name of something else that samples are chosen by, and is no score: rename the column")
 
 
 def of_score(name: str) -> bool:
@@ -102,29 +109,19 @@ class Choice:
         return cost
 
     def _in_parts(self, size: Size) -> str:
-        """The other way out, for a method that can select from parts of each class: the smallest power of 2 of them that fits."""
-        if self.method.cost is None or not hasattr(self.params, "parts"):
-            return ""
-        for parts in (2**power for power in range(1, 21)):
-            if self.method.cost(size, _with(self.params, "parts", parts)).bytes <= self.params.memory:
-                return f", or --set parts={parts}, which approximates"
-        return ""
-
-
-def _with(params: Params, name: str, value: object) -> Params:
-    """Settings with another value for a field that not all methods have."""
-    return type(params)(**(params.own() | {name: value}))
+        """The other way out, for a method that can select from parts of each class: the smallest number of them that fits."""
+        parts = None if self.method.cost is None else smallest_parts(size, self.params, self.method.cost)
+        return "" if parts is None else f", or --set parts={parts}, which approximates"
 
 
 def choose(name: str, given: Sequence[str], *, seed: int, balance: str, memory: int | None) -> Choice:
     """A method of `SELECTORS` with its settings, `name=value` each. Raises UsageError for what it has not."""
     method = SELECTORS[name]
     params = method.params.parse(name, pairs(given), seed=seed, balance=balance, memory=memory or MEMORY)
+    score = params.own().get("score")
+    if score is not None and score not in SCORES:
+        raise UsageError(f"--set score={score}: {unknown('score', score, SCORES)}")
     needs = method.needs(params)
-    for need in needs:
-        if need not in SCORES and need not in KINDS_OF_VECTORS:
-            setting = next((key for key, value in params.own().items() if value == need), "score")
-            raise UsageError(f"--set {setting}={need}: {unknown('score', need, SCORES)}")
     own = {key: value for key, value in params.own().items() if key not in SHARED}
     return Choice(name, method, params, needs, {"settings": own} if own else {})
 

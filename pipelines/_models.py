@@ -62,13 +62,14 @@ class Saved:
     def load(self, *, code: str | None, epoch: int | None = None) -> nn.Module:
         """The network with the final weights, or those after a kept epoch.
 
-        Raises UsageError when it is the user's own function and `code` does not name it.
+        Raises UsageError when it is the user's own function and `code` does not name it, FormatError when the file is not that of the
+        manifest.
         """
         from kdprune_data.learn.models import build
         from kdprune_data.learn.weights import load_weights
 
         net = build(self.architecture, seed=0, code=code)
-        load_weights(net, self.folder / (WEIGHTS if epoch is None else epoch_weights(epoch)))
+        load_weights(net, self.manifest.checked(self.folder, WEIGHTS if epoch is None else epoch_weights(epoch)))
         return net
 
 

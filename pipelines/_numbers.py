@@ -5,15 +5,17 @@ found by convention; a column of somebody's file stands in for one score. What i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kdprune_pipelines import _advice as advice
 from kdprune_pipelines import _workspace as workspace
 from kdprune_pipelines._picks import join
 from numpy.typing import NDArray
 
+from kdprune_data import order
 from kdprune_data.errors import MismatchError, SourceError, UsageError
 from kdprune_data.formats import foreign
 from kdprune_data.formats.dataset import Dataset
@@ -53,13 +55,22 @@ def open_column(path: Path, column: str | None, hard: str | None) -> Column:
     return Column(column, listed, end, path)
 
 
+def columns_of(path: Path | None, column: str | None) -> list[str]:
+    """The columns that `--where` may name in the file of somebody's that ranks: the one that does, and all numbers."""
+    if column is None or path is None or not path.is_file():
+        return [] if column is None else [column]
+    return [column, *(name for name in foreign.number_columns(path) if name != column)]
+
+
 @dataclass(frozen=True)
 class Numbers:
-    """What a selection may read of the samples of a data set: a scores folder, a column of somebody's file, or both."""
+    """What a selection may read of the samples of a data set: a scores folder, the column of somebody's file that ranks, and others of
+    that file that `--where` names."""
 
     parent: Dataset
     scores: Scores | None = None
     column: Column | None = None
+    others: Mapping[str, Named] = field(default_factory=dict)
 
     def score(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """A score of some rows. Raises MismatchError or SourceError where one has none."""
@@ -70,6 +81,22 @@ class Numbers:
         scores = self._folder()
         uids, found = scores.read(name)
         return join(self.parent, rows, uids, found.astype(np.float64), str(scores.folder))
+
+    def compared(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """A score of some rows for `--where`: NaN where a column of somebody's file has none. Raises as `score` does, but for that."""
+        if name not in self.theirs or self.column is None:
+            return self.score(name, rows)
+        listed = self.theirs[name]
+        values = np.zeros(0) if listed.values is None else listed.values
+        found = order.locate(listed.uids, self.parent.uids[rows])
+        if len(rows) and not (found >= 0).any():
+            raise MismatchError(f"{self.column.path} has no score for any sample of {self.parent.folder}: give scores of this data set")
+        return np.where(found < 0, np.nan, values[found])
+
+    @property
+    def theirs(self) -> dict[str, Named]:
+        """The columns of somebody's file, by name."""
+        return dict(self.others) | ({} if self.column is None else {self.column.name: self.column.listed})
 
     def hard(self, name: str) -> str:
         """Which end of a score is the hard one."""
@@ -105,57 +132,59 @@ class Numbers:
         return self.scores
 
 
-def open_scores(given: Path | None, parent: Dataset, needs: Mapping[str, str]) -> Scores:
-    """The one scores folder that has all that is read: the one given, or found by convention. needs: the names, each with what reads it.
+def open_scores(given: Path | None, parent: Dataset, needs: Mapping[str, str], *, file: Path | None = None) -> Scores:
+    """The one scores folder that has all that is read: the one given, or found by convention. needs: the names, each with what reads it;
+    file: the Parquet file that `--scores` names instead, if it does.
 
     Raises UsageError where there is none, several, or what is read is lacking, naming the command that provides it; MismatchError where
     the folder given scores other data.
     """
     known = workspace.contents(parent.manifest.as_input("data"))
-    if given is None:
-        given = _found(known, needs)
-    scores = Scores.open(given)
+    folder = given or _found(known, parent, needs, file)
+    scores = Scores.open(folder)
     if scores.manifest.content not in known:
-        raise MismatchError(f"{given} scores other data than {parent.folder}: run `kdprune-data score --data {parent.folder}` for these")
+        raise MismatchError(f"{folder} scores other data than {parent.folder}: run `kdprune-data score --data {parent.folder}` for these")
     lacking = _lacking(scores.manifest, needs)
     if lacking:
-        raise UsageError(f"{given} has no {_needed(lacking, needs)}: {_how(lacking, scores.manifest.config)}")
+        how, made = advice.again(scores.manifest, folder, lacking, parent.manifest, parent.folder)
+        then = f", and give --scores {made}" if given else "; where both fit, name one with --scores"
+        raise UsageError(f"{_who(folder, known, given)} {_needed(lacking, needs)}: {how}{'' if file else then}")
     return scores
 
 
-def _found(known: set[str], needs: Mapping[str, str]) -> Path:
-    """The folder in its usual place that has all that is read, or else the only one. Raises UsageError."""
+def _found(known: set[str], parent: Dataset, needs: Mapping[str, str], file: Path | None) -> Path:
+    """The folder in its usual place that has all that is read, or else the one that has most of it. Raises UsageError."""
     fitting = workspace.candidates(workspace.SCORES, lambda m: m.content in known)
-    if not fitting and score_command(needs) != "kdprune-data score":
+    if not fitting and (file or "tdds" in needs or advice.score_command(needs) != "kdprune-data score"):
+        how, other = advice.first(list(needs), parent.manifest, parent.folder), "" if file else ", or give a folder with --scores"
+        raise UsageError(f"no fitting score in {workspace.SCORES}/, which is to have {_needed(needs, needs)}: {how}{other}")
+    lacks = {folder: len(_lacking(Manifest.read(folder), needs)) for folder in fitting}
+    whole = [folder for folder in fitting if not lacks[folder]]
+    if file and len(whole) > 1:
         raise UsageError(
-            f"no fitting score in {workspace.SCORES}/, which is to have {_needed(needs, needs)}: {_how(needs, None)}, or give a folder "
-            "with --scores"
+            f"{file} has no {_needed(needs, needs)}, and several in {workspace.SCORES}/ have it: {', '.join(one.name for one in whole)}; "
+            "copy the column into the file, or keep one of them there"
         )
-    whole = [folder for folder in fitting if not _lacking(Manifest.read(folder), needs)]
     if whole or not fitting:
         return workspace.one(None, workspace.SCORES, "--scores", lambda m: m.content in known and not _lacking(m, needs))
-    if len(fitting) == 1:
-        return fitting[0]
-    raise UsageError(
-        f"none of those in {workspace.SCORES}/ ({', '.join(f.name for f in fitting)}) has {_needed(needs, needs)}: {_how(needs, None)} "
-        "--name NAME, or give a folder with --scores"
-    )
+    return min(fitting, key=lambda folder: (lacks[folder], _is_special(Manifest.read(folder))))
+
+
+def _who(folder: Path, known: set[str], given: Path | None) -> str:
+    """What lacks something: a folder, or all that there are."""
+    fitting = [] if given else workspace.candidates(workspace.SCORES, lambda m: m.content in known)
+    named = ", ".join(one.name for one in fitting)
+    return f"none of those in {workspace.SCORES}/ ({named}) has" if len(fitting) > 1 else f"{folder} has no"
+
+
+def _is_special(scores: Manifest) -> bool:
+    """Whether scores are not those of the teacher's final network."""
+    return bool(scores.config.get("epoch") or scores.config.get("proxies"))
 
 
 def _lacking(manifest: Manifest, needs: Iterable[str]) -> list[str]:
     has = {*manifest.config["columns"], *(what for what in KINDS_OF_VECTORS if manifest.config[what])}
     return [name for name in needs if name not in has]
-
-
-def _how(lacking: Iterable[str], made: Mapping[str, Any] | None) -> str:
-    """What to do for scores and vectors that are lacking, beside those that were made."""
-    names = list(lacking)
-    teacher = teacher_command(names)
-    score = f"run `{score_command(names, made)}{' --overwrite' if made is not None else ''}`"
-    if not teacher:
-        return score
-    note = "" if "tdds" in names else " (an adopted one has no dynamics)"
-    return f"train a teacher with `{teacher}`{note}, then {score}"
 
 
 def _needed(names: Iterable[str], needs: Mapping[str, str]) -> str:
@@ -167,19 +196,3 @@ def _needed(names: Iterable[str], needs: Mapping[str, str]) -> str:
 
 def _and(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def score_command(names: Iterable[str], also: Mapping[str, Any] | None = None) -> str:
-    """The `kdprune-data score` that makes these scores and vectors; `also`: the config of scores that stand, whose own are kept."""
-    made = dict(also or {})
-    wanted = {*names, *made.get("columns", []), *(what for what in KINDS_OF_VECTORS if made.get(what))}
-    vectors = [f"--{what}" for what in KINDS_OF_VECTORS if what in wanted]
-    asked = [f"--also {name}" for name, score in SCORES.items() if score.asked and name in wanted]
-    return " ".join(["kdprune-data", "score", *vectors, *asked])
-
-
-def teacher_command(names: Iterable[str]) -> str:
-    """How the teacher is made that these scores can be read from; empty where any will do."""
-    if "tdds" in names:
-        return "kdprune-data teacher --record logits"
-    return "kdprune-data teacher" if any(name in SCORES and SCORES[name].source == "dynamics" for name in names) else ""

@@ -80,8 +80,9 @@ def listed_rows(path: Path, listed: foreign.Named, parent: Dataset) -> NDArray[n
 
 
 def say_short(picks: Picks) -> None:
-    """Classes that have fewer samples than an equal share: the others make up for them, which nobody should have to find out."""
-    sizes, kept = (np.bincount(picks.parent.labels[rows]) for rows in (picks.candidates, picks.rows))
+    """Classes that have fewer candidates than an equal share: the others make up for them, which nobody should have to find out."""
+    classes = len(picks.parent.classes)
+    sizes, kept = (np.bincount(picks.parent.labels[rows], minlength=classes) for rows in (picks.candidates, picks.rows))
     there = np.flatnonzero(sizes)
     share = len(picks.rows) / len(there)
     short = there[sizes[there] < np.floor(share)]
@@ -89,9 +90,10 @@ def say_short(picks: Picks) -> None:
         by_size = short[np.argsort(sizes[short], kind="stable")]
         names = ", ".join(f"{picks.parent.classes[n]!r} with {sizes[n]:,}" for n in by_size[:3].tolist())
         more = f" and {len(short) - 3:,} more" if len(short) > 3 else ""
+        theirs, whole = int(kept[short].sum()), int(sizes[short].sum())
         say(
-            f"{count(len(short), 'class')} of {len(there):,} with fewer samples than an equal share of {share:,.1f} ({names}{more}): all "
-            f"of theirs are kept, and up to {kept.max():,} of the others"
+            f"{count(len(short), 'class')} of {len(there):,} with fewer samples than an equal share of {share:,.1f} ({names}{more}): "
+            f"{'all' if theirs == whole else f'{theirs:,} of {whole:,}'} of theirs are kept, and up to {kept.max():,} of the others"
         )
 
 

@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdprune_pipelines._console import detail
+
 from kdprune_data.config import Config, field_types
 from kdprune_data.errors import UsageError, first_line, unknown
 
@@ -22,6 +24,8 @@ C = TypeVar("C", bound=Config)
 SUFFIX = ".toml"
 ORDER = ("import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "verify")
 """The commands that a recipe may hold a section for, in the order of work."""
+WAYS, OF_METHOD = ("method", "column"), ("set", "keep", "skip_hardest", "hard", "memory")
+"""Options of `select` that name a method, and those that belong to the one that is named."""
 CODE = ("model", "code")
 """Options that may name a function of the user's own to run: such a name is taken from the command line alone."""
 
@@ -115,9 +119,22 @@ def checked(where: str, title: str, table: Mapping[str, Any], config: type[Confi
             raise UsageError(f"{where} {title} gives {key!r} twice, with a dash and without: leave one")
         found[key] = value
     try:
+        if isinstance(found.get("set"), dict):
+            found["set"] = list(_pairs(found["set"]))
         return config.checked(found)
     except UsageError as error:
         raise UsageError(f"{where} {title}: {error}") from None
+
+
+def _pairs(table: Mapping[str, Any], of: str = "") -> Iterator[str]:
+    """A table of settings as the `name=value` texts that it stands for: `{ density = { clusters = 9 } }` is `density.clusters=9`."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _pairs(value, f"{of}{key}.")
+        elif isinstance(value, str | int | float):
+            yield f"{of}{key}={str(value).lower() if isinstance(value, bool) else value}"
+        else:
+            raise UsageError(f"set: {of}{key} is {_short(value)}: expected a text, a number, true or false")
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,8 @@ class Settled:
 
 def settle(command: str, config: type[Config], given: Mapping[str, Any], file: Recipe | None = None) -> Settled:
     """The options of one command, lowest first: the recipe that `file` (kdprune.toml) names, `file` itself, the recipe that is given, what
-    is given (on the command line). A layer that gives `epochs` and no `steps` ends the `steps` of those below it, which would outdo them.
+    is given (on the command line). A layer that gives `epochs` and no `steps` ends the `steps` of those below it, which would outdo them;
+    one that gives `select` another method ends what goes with the method of those below. `scores` of a file that are not read are left out.
     Defaults are left to the caller; `recipe` itself is none of the result.
 
     Raises UsageError for what cannot be, and for a function to run that only a file names.
@@ -146,13 +164,34 @@ def settle(command: str, config: type[Config], given: Mapping[str, Any], file: R
     ):
         if "epochs" in layer and "steps" not in layer:
             values.pop("steps", None)
+        for key in _ended(values, layer) if command == "select" else ():
+            detail(f"{key} = {values.pop(key)} of {origins[key]} goes with another method: left out")
         values |= layer
         origins |= dict.fromkeys(layer, where)
     settled = Settled(values, {key: where for key, where in origins.items() if key in values and key not in given})
+    if "scores" in settled.origins and _reads_none(config, values):
+        detail(f"scores = {values.pop('scores')} of {settled.origins.pop('scores')} is not read: left out")
     if command in ORDER:
         values.pop("recipe", None)
     _refuse_functions(settled, config)
     return settled
+
+
+def _ended(below: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:
+    """What of a selection's options goes with the method that they name, where a layer above names another."""
+    named, now = ({key: of[key] for key in WAYS if key in of} for of in (below, layer))
+    if not named or not now or now.items() <= named.items():
+        return []
+    return [key for key in (*WAYS, *OF_METHOD, *(["scores"] if "column" in below else [])) if key in below]
+
+
+def _reads_none(config: type[Config], values: Mapping[str, Any]) -> bool:
+    """Whether a selection reads no scores; where its options are wrong, that is said when they are used."""
+    try:
+        made: Any = config.from_dict(values)
+        return hasattr(made, "needs") and made.column is None and not made.needs()
+    except UsageError:
+        return False
 
 
 def _named(values: Mapping[str, Any], command: str, config: type[Config]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from kdprune_pipelines import _costs
 from kdprune_pipelines._columns import Columns
 from kdprune_pipelines._console import bar, count, say
 from numpy.typing import NDArray
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 
 Values = dict[str, NDArray[np.float32]]
 FLOAT16_MOST = 65504.0
+BROKEN = "the network's weights are broken"
+BLAMED = {
+    "early": BROKEN,
+    "final": BROKEN,
+    "dynamics": "the teacher's files in dynamics/ are broken; make or fetch it again",
+    "embedding": "the embeddings written here are broken; give --overwrite",
+}
+"""What is wrong where a number is not finite, by what it is made from."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +122,10 @@ def _one_shard(scorer: Scorer, build: Build, shard: int, tick: Callable[[int], N
         tick(len(columns["loss"]))
     columns = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
     _check_finite(scorer, columns, rows)
-    for what, batches in vectors.items():
-        write_vectors(build, what, shard, np.concatenate(batches))
+    whole = {what: np.concatenate(batches) for what, batches in vectors.items()}
+    _check_finite(scorer, whole, rows)
+    for what, values in whole.items():
+        write_vectors(build, what, shard, values)
     return columns
 
 
@@ -135,7 +146,7 @@ def of_batch(scorer: Scorer, images: Tensor, labels: NDArray[np.int64]) -> tuple
     """The scores that the networks give of a batch, and what the teacher says of it. images: float of shape (n, 3, s, s), normalised."""
     import torch
 
-    from kdprune_data.learn.models import features
+    from kdprune_data.learn.models import features, head
     from kdprune_data.scores import FROM_MODEL, FROM_OUTPUTS, Outputs
 
     networks, truth, heard = scorer.networks, torch.from_numpy(labels), dict[int, Outputs]()
@@ -144,7 +155,7 @@ def of_batch(scorer: Scorer, images: Tensor, labels: NDArray[np.int64]) -> tuple
         if id(net) not in heard:
             embedding, logits = features(net, images)
             # Scores are computed in float64, which not every device has.
-            heard[id(net)] = Outputs(logits.cpu(), truth, embedding.cpu())
+            heard[id(net)] = Outputs(logits.cpu(), truth, embedding.cpu(), head(net).bias is not None)
         return heard[id(net)]
 
     columns: Values = {}
@@ -158,8 +169,13 @@ def of_batch(scorer: Scorer, images: Tensor, labels: NDArray[np.int64]) -> tuple
     if networks.teacher is None:
         return columns, {}
     said = says(networks.teacher)
-    half = {what: getattr(said, what).clamp(-FLOAT16_MOST, FLOAT16_MOST).numpy().astype(np.float16) for what in scorer.vectors}
-    return columns, half
+    return columns, {what: _half(getattr(said, what).numpy()) for what in scorer.vectors}
+
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded and clipped to what float16 holds; what is no finite number becomes NaN, so that it is seen."""
+    clipped = np.where(np.isfinite(values), values, np.nan).clip(-FLOAT16_MOST, FLOAT16_MOST)
+    return np.asarray(clipped.astype(np.float16))
 
 
 def _aside(shard: int) -> str:
@@ -195,7 +211,7 @@ def _second_pass(scorer: Scorer, build: Build, shards: Sequence[int], past: Valu
     for name in scorer.columns.of("embedding"):
         aside = f"{name}.npy"
         if build.finished(_scratch(build, aside)) is None:
-            say(f"{name}: {count(len(embedded.uids), 'embedding')} of {count(embedded.embedding.shape[1], 'number')}")
+            say(_costs.told(name, embedded, scorer.columns.settings[name], scorer.memory))
             _set_aside(build, aside, {name: from_embedding(scorer, name, embedded)})
         whole[name] = np.zeros(len(data), np.float32)
         whole[name][data.usable()] = _taken_up(build, aside, [name])[name]
@@ -231,10 +247,10 @@ def _write(scorer: Scorer, build: Build, shard: int, columns: Values) -> None:
     write_part(build, shard, data.ids[rows].tolist(), data.labels[rows], ordered, scorer.sources)
 
 
-def _check_finite(scorer: Scorer, columns: Values, rows: NDArray[np.int64]) -> None:
+def _check_finite(scorer: Scorer, columns: Mapping[str, NDArray[np.floating]], rows: NDArray[np.int64]) -> None:
+    """Raise SourceError for a score, or a row of embeddings or logits, that is not finite; it says what is broken by where that is from."""
     for name, values in columns.items():
-        bad = scorer.images.data.ids[rows[~np.isfinite(values)]]
+        bad = scorer.images.data.ids[rows[~np.isfinite(values.reshape(len(values), -1)).all(1)]]
         if len(bad):
-            raise SourceError(
-                f"{name} is not a finite number for {count(len(bad), 'sample')} ({some(bad)}): the teacher's weights are broken"
-            )
+            why = BLAMED[SCORES[name].source if name in SCORES else "final"]
+            raise SourceError(f"{name} is not a finite number for {count(len(bad), 'sample')} ({some(bad)}): {why}")

@@ -6,6 +6,7 @@ Of scores also how they are distributed, by class too, and how they agree; of a 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from kdprune_pipelines import _distribution, _weighing
 from kdprune_pipelines._console import Outcome, count, megabytes
+from kdprune_pipelines._tables import PAGE
 
 from kdprune_data.config import Config, option
 from kdprune_data.formats.dataset import read_weights
@@ -93,12 +95,20 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _settings(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key} = {_plain(value)}"
+            own = value is None and prefix.startswith("settings.")  # of a method or a score, which finds it out
+            yield from _wrapped(f"{prefix}{key} = {'auto' if own else _plain(value)}")
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines that a page is wide enough for, beside the heading."""
+    return textwrap.wrap(text, PAGE - 12, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ", ".join(value) or "none"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kdprune_pipelines import (
+    _checks,
     _recipes,
     _workspace,
     cache,
@@ -87,7 +88,7 @@ def run(config: RunConfig) -> Outcome:
     steps = steps_of(recipe, {command: one for command, (one, _) in STAGES.items()}, config.code)
     for step in steps:
         with _named(recipe, step):
-            _check(step)
+            _check(step, steps)
     chain = Chain(config, recipe, steps)
     return chain.estimate() if config.dry_run else chain.work()
 
@@ -101,7 +102,7 @@ def _named(recipe: Recipe, step: Step) -> Iterator[None]:
         raise type(error)(f"{recipe.where} {step.label}: {OWN_ADVICE.sub(RUN_ADVICE, str(error))}") from error
 
 
-def _check(step: Step) -> None:
+def _check(step: Step, steps: Sequence[Step]) -> None:
     """What would fail hours later for want of an input or a network, before any work. Raises UsageError."""
     config: Any = step.config
     for name in REQUIRED:
@@ -128,6 +129,10 @@ def _check(step: Step) -> None:
         from kdprune_data.learn import models
 
         models.resolve(config.model, classes=2, size=config.size or 224, stem=config.stem, norm=config.norm)
+    if step.command == "score":
+        _checks.check_scores(step, steps)
+    if step.command == "select":
+        _checks.check_reads(step, steps, config.needs())
 
 
 def _unmet(step: Step) -> set[str]:
@@ -178,7 +183,7 @@ class Chain:
         if not made:
             say(f"{step.label}: skipped: already done")
         self._ok &= outcome.ok
-        self._rows.append((step.label, where or _looked_at(config), _result(step, outcome, made), seconds))
+        self._rows.append((step.title, where or _looked_at(config), _result(step, outcome, made), seconds))
 
     def _filled(self, step: Step) -> Config:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""

@@ -1,7 +1,8 @@
 """`score`: one pass of the teacher over the data, a Parquet part per shard.
 
-1. Each shard's images are decoded once; the final network and the early one (for el2n and grand) look at them as they are evaluated. With
-   `--epoch` it is the network after that epoch; with `--proxies` several others, trained first, and the mean of what they give.
+1. Each shard's images are decoded once; the final network and the early one (for el2n, grand and grand_full) look at them as they are
+   evaluated. With `--epoch` it is the network after that epoch; with `--proxies` several others, trained first, and the mean of
+   what they give.
 2. Scores from training dynamics (forgetting, aum, correct, ...) are added from the teacher's folder, by id.
 3. Scores that `--also` asks for: from the embeddings of all samples, once these are written.
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from kdprune_pipelines import _columns, _proxies, _scoring, _trials, _workspace
+from kdprune_pipelines import _advice, _columns, _proxies, _scoring, _trials, _workspace
 from kdprune_pipelines._columns import Columns
 from kdprune_pipelines._console import Outcome, count, say
 from kdprune_pipelines._estimate import MOST_SECONDS, Estimate, growing, look, measure_growing
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreConfig(Config):
-    """Settings of `score`."""
+    """Settings of `score`. Raises UsageError for options that do not go together."""
 
     data: Path | None = option(None, help="The data set to score; default data/train.")
     teacher: Path | None = option(None, help="The teacher's folder; default the only one in teachers/.")
@@ -49,11 +50,14 @@ class ScoreConfig(Config):
     set: tuple[str, ...] = option((), help="A score's setting, SCORE.NAME=VALUE (forgetting.never=zero); may be repeated.")
     epoch: int | None = option(
         None,
-        help="Read all that networks say from the weights after this epoch; default the last, for el2n and grand the first kept.",
+        help="Read all that networks say from the weights after this epoch; default the last, for el2n, grand, grand_full the first kept.",
         least=1,
     )
     proxies: int | None = option(
-        None, help="Train this many networks as the teacher was, and score by the mean of what they say; with --epochs.", least=1, most=1000
+        None,
+        help="Train this many networks as the teacher was, and score by the mean of what they say, all in memory at once; with --epochs.",
+        least=1,
+        most=1000,
     )
     epochs: int | None = option(None, help="How long to train --proxies, with a learning rate that does not fall.", least=1)
     seed: int = option(0, help="Seed of clusterings, in scores from the embedding.", least=0, most=2**31 - 1)
@@ -68,6 +72,10 @@ class ScoreConfig(Config):
     out: Path | None = option(None, help="Exact folder to write.")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
     dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ class Job:
             "embedding": "embedding" in self.vectors,
             "logits": "logits" in self.vectors,
             "batch": config.batch,
+            "memory": config.memory if "grand_full" in self.columns.names else None,
             "precision": "float32",
         }
         inputs = [self.data.manifest.as_input("data"), self.saved.manifest.as_input("teacher")]
@@ -160,7 +169,6 @@ class Job:
 
 def run(config: ScoreConfig) -> Outcome:
     """Score a data set. Raises UsageError, MismatchError, SourceError, FormatError and ExistsError."""
-    _check(config)
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
     saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
     data.same_classes(saved.manifest.classes, str(saved.folder))
@@ -200,7 +208,7 @@ def _job(config: ScoreConfig, data: Dataset, saved: Saved) -> Job:
     from kdprune_data.learn.inference import choose_device
 
     _check_epoch(config, saved)
-    columns = _columns.chosen(saved, data, config.also, config.set)
+    columns = _columns.chosen(saved, data, config.also, config.set, code=config.code)
     implied = columns.of("embedding")
     if implied and not config.embedding:
         say(f"{', '.join(implied)}: from the embeddings, which are written too, as with --embedding")
@@ -209,7 +217,8 @@ def _job(config: ScoreConfig, data: Dataset, saved: Saved) -> Job:
         how = {"jobs": config.jobs, "code": config.code}
         proxies = _proxies.of(saved, data, count=config.proxies, epochs=config.epochs, device=device, how=how)
     elif config.epoch is None and saved.early_epoch is None:
-        say("the teacher keeps no early epoch: el2n and grand are read from its final weights")
+        *first, last = columns.of("early")
+        say(f"the teacher keeps no early epoch: {', '.join(first)}{' and ' if first else ''}{last} are read from its final weights")
     derived = _columns.name_of(saved.manifest.name, epoch=config.epoch, proxies=config.proxies, epochs=config.epochs)
     folder, name = _workspace.place(config.out, config.name, _workspace.SCORES, derived)
     return Job(config, data, saved, columns, proxies, device, folder, name)
@@ -221,7 +230,7 @@ def _check_epoch(config: ScoreConfig, saved: Saved) -> None:
         named = f"{'epoch' if len(kept) == 1 else 'epochs'} {', '.join(str(e) for e in kept)}"
         there = f"the weights after {named}; choose one of these, or make" if kept else "no epoch's weights; make"
         asked = config.epoch
-        raise UsageError(f"--epoch {asked}: {saved.folder} keeps {there} a teacher with `kdprune-data teacher --keep-epochs {asked}`")
+        raise UsageError(f"--epoch {asked}: {saved.folder} keeps {there} a teacher with `{_advice.keeping(saved.manifest, asked)}`")
 
 
 def _noted(folder: Path) -> dict[str, str]:
@@ -238,15 +247,21 @@ def _noted(folder: Path) -> dict[str, str]:
 
 
 def _score(job: Job, build: Build) -> Manifest:
-    if not job.proxies and job.saved.manifest.content in _workspace.contents(job.data.manifest.as_input("data")):
-        say(
-            "the run that made the teacher makes the scores too: for scores that are independent of it, score with --proxies, or with "
-            "another seed's teacher"
-        )
+    _tell_dependence(job)
     past = _columns.past(job.saved, job.data, job.columns)
     shards = _scoring.score(job.scorer(), build, past)
     counts = {"samples": len(job.data.usable()), "shards": shards}
     return build.seal(counts=counts, classes=job.data.classes, content=job.data.manifest.content)
+
+
+def _tell_dependence(job: Job) -> None:
+    """A line where the scores are those of a network that may teach too, of data that it was trained on, in part at least."""
+    saved = job.saved
+    known = _workspace.contents(job.data.manifest.as_input("data"))
+    if job.proxies or not known & _workspace.contents(_columns.data_of(saved)):
+        return
+    other = "another network" if saved.manifest.config.get("recipe") is None else "--proxies, or with another seed's teacher"
+    say(f"the network that scores, {saved.manifest.name}, learned from these samples: for scores independent of it, score with {other}")
 
 
 def _estimate(job: Job, state: str) -> Outcome:

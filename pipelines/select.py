@@ -10,6 +10,7 @@ Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset r
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from kdprune_pipelines import _workspace as workspace
 from kdprune_pipelines._choosing import Task, pick, tell_cost
 from kdprune_pipelines._console import Outcome, count, megabytes, say, track
 from kdprune_pipelines._estimate import Estimate, look
-from kdprune_pipelines._filters import DEDUPS, EPS, Filters, check_digests, check_enough
+from kdprune_pipelines._filters import DEDUPS, EPS, OWN, Filters, check_digests, check_enough
 from kdprune_pipelines._methods import Choice
-from kdprune_pipelines._numbers import Column, Numbers, open_column, open_scores
+from kdprune_pipelines._numbers import Column, Numbers, columns_of, open_column, open_scores
 from kdprune_pipelines._picks import Picks, cost, listed_rows, rough_cost
 
 from kdprune_data import order
@@ -81,7 +82,9 @@ class SelectConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.frac is None) == (self.keys is None):
+        if self.frac is not None and self.keys is not None:
+            raise UsageError("--frac and --keys were both given: --keys keeps exactly the ids listed; give one")
+        if self.frac is None and self.keys is None:
             raise UsageError("say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE")
         if self.keys and (self.method or self.scores or self.column):
             raise UsageError("--keys is a list by itself: it goes without --method, --scores and --column")
@@ -89,11 +92,27 @@ class SelectConfig(Config):
             raise UsageError("--keys is a list by itself: it goes without --where, --dedup and --set")
         if self.method and self.column:
             raise UsageError("--method and --column were both given: --column names the column of --scores FILE to rank by; give one")
+        if self.hard and self.scores and not self.scores.is_dir() and not self.column:
+            raise UsageError(f"--hard {self.hard} says which end of a column of {self.scores} is hard: name the column with --column")
         if self.hard and not self.column:
             raise UsageError(f"--hard {self.hard} is for a column of somebody's --scores FILE: recorded scores know which end is hard")
         if self.column and not self.scores:
             raise UsageError("--column names a column of a Parquet file: give the file with --scores FILE")
+        if self.column:
+            methods.check_column(self.column)
         self._check_useful()
+        if not self.keys:
+            _method(self)
+            if not self.column:
+                Filters(self.where).needs()
+
+    def needs(self) -> dict[str, str]:
+        """What the method and the filters read of a scores folder, each with what reads it."""
+        if self.keys:
+            return {}
+        of_method = dict.fromkeys(_method(self).needs, self.method or "random")
+        found = Filters(self.where, self.dedup).needs(columns_of(self.scores, self.column)) | of_method
+        return {name: reader for name, reader in found.items() if name != self.column}
 
     def _check_useful(self) -> None:
         """Refuse what would change nothing."""
@@ -109,6 +128,9 @@ class SelectConfig(Config):
         for option_, given in (("--dedup-eps", self.dedup_eps), ("--dedup-clusters", self.dedup_clusters)):
             if given is not None and self.dedup != "near":
                 raise UsageError(f"{option_} {given:g} is for --dedup near: leave it out, or give that")
+        for option_, changed in (("--balance", self.balance != "class"), ("--seed", self.seed != 0), ("--ranks", self.ranks)):
+            if self.keys and changed:
+                raise UsageError(f"{option_} changes how samples are ranked, and --keys is a list that is kept as it is: leave it out")
         heavy = self.dedup == "near" or (not ranks and methods.compares(method))
         if self.memory is not None and not heavy:
             raise UsageError(
@@ -122,6 +144,8 @@ def run(config: SelectConfig) -> Outcome:
     parent = Dataset.open(workspace.data(config.data, "train", option="DATA"))
     task = _listed(config, parent) if config.keys else _ranked(config, parent)
     derived = f"{task.method}-{order.shortest(task.frac)}-s{config.seed}"
+    if config.name is None and config.out is None:
+        _check_derived(derived, config.column)
     folder, name = workspace.place(config.out, config.name, workspace.SUBSETS, derived)
     settings = {
         **task.settings,
@@ -145,6 +169,19 @@ def run(config: SelectConfig) -> Outcome:
         if build.done:
             say("already done")
     return _outcome(folder, made)
+
+
+def _check_derived(name: str, column: str | None) -> None:
+    """Raise UsageError where the name of a column cannot be part of a folder's."""
+    if column is not None and not re.fullmatch(r"[\w+-][\w.+-]*", column):
+        raise UsageError(f"--column {column!r} cannot be part of a folder's name ({name!r}): give one with --name NAME")
+    workspace.plain_name(name)
+
+
+def _tell_weights(parent: Dataset) -> None:
+    """Weights are for the subset that they were made with: what is chosen from it has its own, or none."""
+    if parent.manifest.kind == "subset" and parent.weights.min() < parent.weights.max():
+        say(f"the weights of {parent.folder} are left behind: they were fitted to all of its samples together")
 
 
 def _listed(config: SelectConfig, parent: Dataset) -> Task:
@@ -180,26 +217,34 @@ def _choice(config: SelectConfig) -> tuple[Choice, Column | None]:
         column = open_column(config.scores, config.column, config.hard)
     elif config.column:
         raise UsageError(f"--column {config.column} is a column of a Parquet file, and --scores {config.scores} is a folder: give --method")
+    return _method(config), column
+
+
+def _method(config: SelectConfig) -> Choice:
+    """The method with its settings. Raises UsageError for what it has not."""
     name = config.column or config.method or "random"
-    if column is None and name in SELECTORS:
-        return methods.choose(name, config.set, seed=config.seed, balance=config.balance, memory=config.memory), None
+    if not config.column and name in SELECTORS:
+        return methods.choose(name, config.set, seed=config.seed, balance=config.balance, memory=config.memory)
     skip, end = config.skip_hardest or 0.0, config.keep or "hard"
     params = RankedParams(config.seed, config.balance, config.memory or methods.MEMORY, score=name, end=end, skip_hardest=skip)
-    return methods.rank(name, config.set, params), column
+    return methods.rank(name, config.set, params)
 
 
 def _numbers(config: SelectConfig, parent: Dataset, choice: Choice, filters: Filters, column: Column | None) -> Numbers:
     """Where what is read comes from: a scores folder, where the method or a filter reads one."""
-    foreign_name = None if column is None else column.name
-    needs = filters.needs(foreign_name) | {name: choice.name for name in choice.needs if name != foreign_name}
+    theirs = [] if column is None else columns_of(column.path, column.name)
+    needs = filters.needs(theirs) | {name: choice.name for name in choice.needs if column is None or name != column.name}
     given = config.scores if column is None else None
+    file = None if column is None else column.path
+    named = [name for name in theirs if name in filters.names(theirs) and name not in OWN]
+    others = {} if file is None else {name: foreign.read_scores(file, name) for name in named}
     if not needs:
         if given is not None:
             raise UsageError(f"--scores was given but --method is {choice.name}, which uses none: name a score with --method or --column")
-        return Numbers(parent, None, column)
+        return Numbers(parent, None, column, others)
     if given is not None and given.is_file():
         raise UsageError(f"--scores {given} is a file, and a scores folder is read: give one, or rank by a column with --column")
-    return Numbers(parent, open_scores(given, parent, needs), column)
+    return Numbers(parent, open_scores(given, parent, needs, file=file), column, others)
 
 
 def _how_many(config: SelectConfig, candidates: int) -> tuple[int, Decimal]:
@@ -214,6 +259,7 @@ def _how_many(config: SelectConfig, candidates: int) -> tuple[int, Decimal]:
 def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
     """Plan, copy and seal."""
     parent, rows = picks.parent, picks.rows
+    _tell_weights(parent)
     outside: list[File] = []
     if config.ids_only:
         outside = _parents_shards(parent, build.folder)

@@ -2,7 +2,7 @@
 
 1. Open the training data, draw a new view of every sample each epoch, train.
 2. Before each update, note what the network says of each sample: a Parquet file an epoch in `dynamics/`; with `--record logits` all of it.
-3. Keep the weights of an early epoch (el2n and grand are read from it) and of the end.
+3. Keep the weights of an early epoch (el2n, grand and grand_full are read from it) and of the end.
 
 Writes `teachers/MODEL-sSEED`. With `--weights FILE --epochs 0`, no training: the file's weights are checked and rewritten as safetensors.
 """
@@ -43,7 +43,7 @@ class TeacherConfig(TrainingConfig):
 
     data: Path | None = option(None, help="The data set to train on; default data/train.")
     model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
-    record: str | None = option(None, help="Also record every sample's logits in every epoch: for tdds.", choices=("logits",))
+    record: str | None = option(None, help="Also record every sample's logits in every epoch, 2 bytes each: for tdds.", choices=("logits",))
     weights: Path | None = option(None, help="Adopt these weights (.safetensors, or .pth with weights only); with --epochs 0.")
     mean: tuple[float, ...] = option((), help="Mean of the input channels, in [0, 1] (three times); default the data's.", least=0, most=1)
     std: tuple[float, ...] = option((), help="Standard deviation of the input channels (three times); default the data's.", least=0)

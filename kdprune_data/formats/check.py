@@ -20,7 +20,7 @@ from kdprune_data.formats import dynamics, indexing, journal, logits, subset, ta
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
-from kdprune_data.formats.scores import SCORES
+from kdprune_data.formats.scores import SCORES, read_vectors
 
 Tick = Callable[[int], None]
 RANGES = {
@@ -107,6 +107,8 @@ def _vectors(folder: Path, part: str, samples: int, manifest: Manifest) -> Itera
             rows = sum(len(reader.get_batch(n)) for n in range(reader.num_record_batches))
             if rows != samples:
                 yield Fault(str(path), f"has {rows:,} rows, {part} has {samples:,}")
+            elif not np.isfinite(read_vectors(path, what)).all():
+                yield Fault(str(path), "holds a number that is not finite")
 
 
 def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:

@@ -110,6 +110,7 @@ class Dataset:
         """
         if self.manifest.kind != "subset":
             return np.ones(len(self), np.float32)
+        self.manifest.checked(self.folder, indexing.SELECTION)
         uids, weights = read_weights(self.folder)
         if not np.array_equal(uids, self.uids):
             raise FormatError(f"{self.folder / indexing.SELECTION} is not of the samples of {indexing.INDEX}: make or fetch it again")

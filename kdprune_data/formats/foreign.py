@@ -28,10 +28,17 @@ class Named:
     metadata: dict[str, str] | None = None
 
 
+def number_columns(path: Path) -> list[str]:
+    """The columns of a Parquet file that hold numbers, but for the id column. Raises SourceError when it cannot be read."""
+    schema = _schema(path)
+    numbers = (f.name for f in schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type))
+    return [name for name in numbers if name not in ID_COLUMNS]
+
+
 def read_scores(path: Path, column: str) -> Named:
     """The column of a Parquet file, by its id column (`id`, `key`, `uid` or `__key__`).
 
-    Raises UsageError when a column is missing, SourceError when it is not numbers or a sample has two.
+    Raises UsageError when a column is missing, SourceError when it is not numbers, one is too large for float32, or a sample has two.
     """
     schema = _schema(path)
     if column not in schema.names:
@@ -46,8 +53,19 @@ def read_scores(path: Path, column: str) -> Named:
     if twice:
         raise SourceError(f"{path} lists {listed[twice[0]]!r} more than once: give each sample one score")
     values = np.asarray(rows[column].cast(pa.float64(), safe=False).fill_null(float("nan")).to_numpy(), np.float64)
+    _check_float32(path, column, values, listed)
     metadata = {k.decode(): v.decode() for k, v in (schema.field(column).metadata or {}).items()}
     return Named(uids, listed, values, metadata)
+
+
+def _check_float32(path: Path, column: str, values: NDArray[np.float64], names: Any) -> None:
+    """Scores are kept as float32, in which a larger number would be infinite."""
+    large = np.flatnonzero(np.isfinite(values) & (np.abs(values) > np.finfo(np.float32).max))
+    if len(large):
+        raise SourceError(
+            f"{path}: column {column!r} of {names[large[0]]!s} is {values[large[0]]:g}, too large for float32, in which scores are kept "
+            f"({len(large):,} of {len(values):,} are): scale the column"
+        )
 
 
 def read_ids(path: Path) -> Named:

@@ -87,6 +87,15 @@ class Manifest:
             }
         )
 
+    def checked(self, folder: Path, path: str) -> Path:
+        """The place of one of its files, once its bytes are found to be those recorded. Raises FormatError when they are not."""
+        found, file = folder / path, next((f for f in self.files if f.path == path), None)
+        if file is None or not found.is_file():
+            raise FormatError(f"{found} is missing: make or fetch it again")
+        if sha256_file(found) != file.sha256:
+            raise FormatError(f"{found} was changed: its sha256 is not the manifest's; make or fetch it again")
+        return found
+
     def as_input(self, role: str) -> dict[str, Any]:
         """This artefact as an ancestor in another's manifest."""
         keep = {key: getattr(self, key) for key in ("kind", "name", "digest", "content", "config", "counts")}

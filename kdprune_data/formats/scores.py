@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,7 @@ class Scores:
 
     folder: Path
     manifest: Manifest
+    _read: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> Scores:
@@ -129,15 +130,21 @@ class Scores:
         if not self.has(what):
             raise UsageError(f"{self.folder} holds no {what}: run `kdprune-data score` with --{what}")
         names = [f.path for f in self.manifest.files if f.path.startswith(f"{what}-")]
-        found = [read_vectors(self.folder / name, what) for name in names]
+        found = [read_vectors(self._whole(name), what) for name in names]
         whole = self._rows(["id"])
         if sum(map(len, found)) != len(whole) or len({one.shape[1] for one in found}) != 1:
             shapes = ", ".join(str(one.shape) for one in found[:4])
             raise FormatError(f"{self.folder} has {what} files of {shapes}, and {len(whole):,} samples: run score again")
         return order.uids_of(whole["id"].to_pylist()), np.concatenate(found)
 
+    def _whole(self, path: str) -> Path:
+        """One of its files, read through and compared with the manifest's digest, once."""
+        if path not in self._read:
+            self._read[path] = self.manifest.checked(self.folder, path)
+        return self._read[path]
+
     def _rows(self, columns: list[str]) -> pa.Table:
-        parts = [self.folder / f.path for f in self.manifest.files if f.path.startswith("part-")]
+        parts = [self._whole(f.path) for f in self.manifest.files if f.path.startswith("part-")]
         whole = pa.concat_tables([table.read(p, columns=columns) for p in parts])
         if len(whole) != self.manifest.counts["samples"]:
             raise FormatError(

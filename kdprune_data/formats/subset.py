@@ -6,6 +6,7 @@ number of threads, on any machine, writes the same tars. `docs/formats.md`, "Sub
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,17 +73,19 @@ def copy(parent: Dataset, made: Plan, build: Build, jobs: int) -> Iterator[str]:
     Raises SourceError when a shard of the parent's is not as long as it was, or an image is not the one that was indexed.
     """
     parent.check_outside(np.unique(parent.shards[made.rows]).tolist())
+    build.keep_only(made.names)
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         yield from pool.map(lambda n: _copy_shard(parent, made, build, n), range(len(made.names)))
 
 
 def _copy_shard(parent: Dataset, made: Plan, build: Build, number: int) -> str:
-    name = made.names[number]
-    if build.finished(name) is not None:
+    name, rows = made.names[number], made.rows[made.cuts[number] : made.cuts[number + 1]]
+    facts = {"samples": hashlib.sha256(parent.uids[rows].astype("<u8").tobytes()).hexdigest()}
+    if build.finished(name) == facts:  # else it is of another selection: an earlier version may have chosen others
         return name
-    for row in made.rows[made.cuts[number] : made.cuts[number + 1]].tolist():
+    for row in rows.tolist():
         parent.image_bytes(row)  # which checks it: a subset is what its digests say, or is not made
-    with build.create(name) as sink:
+    with build.create(name, facts) as sink:
         for piece in pieces(parent, made, number):
             sink.write(piece)
     return name

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdprune_data import order
-from kdprune_data.errors import MismatchError, UsageError
+from kdprune_data.errors import MismatchError, SourceError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import Joined, LogitCache
 from kdprune_data.images import decode
@@ -54,14 +54,27 @@ class Images:
             self._kept = np.empty((len(data), *sizes[0].tolist(), 3), np.uint8)
 
     def get(self, rows: NDArray[np.int64]) -> Pixels | list[Pixels]:
-        """Images of some rows: uint8 of shape (n, h, w, 3) where all images are of one size, else a list of (h, w, 3)."""
+        """Images of some rows: uint8 of shape (n, h, w, 3) where all images are of one size, else a list of (h, w, 3).
+
+        Raises SourceError that names a sample which does not decode.
+        """
         if self._kept is None:
-            found = [decode(self.data.image_bytes(row)) for row in rows.tolist()]
+            found = [self._decoded(row) for row in rows.tolist()]
             return np.stack(found) if self.equal else found
         for row in rows[~self._there[rows]].tolist():
-            self._kept[row] = decode(self.data.image_bytes(row))
+            self._kept[row] = self._decoded(row)
             self._there[row] = True
         return self._kept[rows]
+
+    def _decoded(self, row: int) -> NDArray[np.uint8]:
+        data = self.data.image_bytes(row)
+        try:
+            return decode(data)
+        except SourceError as error:
+            raise SourceError(
+                f"sample {self.data.ids[row]!r} in {self.data.shard_paths[self.data.shards[row]]}: {error}; index the shards again without "
+                "--no-digests, or import them again, and it is left out"
+            ) from None
 
     def few(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Places in `rows`, in parts so small that the images of one take at most DECODED_BYTES, or are one image."""

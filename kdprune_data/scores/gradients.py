@@ -85,9 +85,9 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _batched(way: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor, most: int) -> Tensor:
-    """`way` of at most so many samples at a time, one at least."""
-    n = max(1, most)
-    parts = [way(x, y).cpu() for x, y in zip(torch.split(images, n), torch.split(labels, n), strict=True)]
+    """`way` of at most so many samples at a time, one at least, in parts of about one size."""
+    count = -(-len(images) // max(1, most))
+    parts = [way(x, y).cpu() for x, y in zip(images.tensor_split(count), labels.tensor_split(count), strict=True)]
     return torch.cat(parts)
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW = 8
+"""Channels below which a convolution in groups is slow: a first layer's three fill no vector register. Measured."""
 MOVED = 10
 """What moving a number costs, in multiplications of a matrix product: measured, roughly."""
 
@@ -26,10 +28,11 @@ Rule = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
 def has_rule(layer: nn.Module) -> bool:
-    """Whether `squares` knows the layer: its very type, its own forward, no parameters but weight and bias, and no hook that alters it."""
+    """Whether `squares` knows the layer: its very type, its own forward, a weight or a bias and no more, and no hook that alters it."""
     if type(layer) not in RULES or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    if not {name for name, _ in layer.named_parameters(recurse=False)} <= {"weight", "bias"}:
+    own = {name for name, _ in layer.named_parameters(recurse=False)}
+    if not own or not own <= {"weight", "bias"}:
         return False
     if isinstance(layer, nn.modules.conv._ConvNd):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -73,7 +76,9 @@ def _way(layer: nn.modules.conv._ConvNd, a: Tensor, g: Tensor) -> tuple[Callable
     padded = math.prod(s + 2 * p for s, p in zip(a.shape[2:], _margins(layer), strict=True))
     patches, both = taps * layer.in_channels * t, t * t * layer.out_channels
     ways = [(t * weights, _written_out, 8 * (weights + a[0].numel() + g[0].numel()))]
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels < FEW:
+        ways = [(0, _unfolded, 4 * (patches + weights))]
+    elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
         ways.append((patches * (t + MOVED) + both, _from_patches, 4 * (2 * patches + 3 * t * t)))
         if set(layer.stride) == {1}:
             work = padded * padded * layer.in_channels + MOVED * taps * t * t + both
@@ -99,6 +104,13 @@ def _written_out(layer: nn.modules.conv._ConvNd, a: Tensor, g: Tensor) -> Tensor
         (False, True, False),
     )[1]
     return _square(gradient.reshape(n, -1))
+
+
+def _unfolded(layer: nn.modules.conv._ConvNd, a: Tensor, g: Tensor) -> Tensor:
+    """From the gradients themselves, as products of matrices: the patches side by side."""
+    assert isinstance(layer, nn.Conv2d)
+    patches = F.unfold(a.contiguous(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]  # see has_rule
+    return _square(g.flatten(2) @ patches.transpose(1, 2))
 
 
 def _from_patches(layer: nn.modules.conv._ConvNd, a: Tensor, g: Tensor) -> Tensor:
@@ -150,26 +162,34 @@ def _batch_norm(layer: nn.Module, a: Tensor, g: Tensor, memory: int) -> Tensor:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     shape = (1, -1, *(1,) * (a.ndim - 2))
-    centred = a - layer.running_mean.view(shape)
-    by_channel = (centred.mul_(g)).flatten(2).sum(2) if a.ndim > 2 else centred.mul_(g)
-    return _square(by_channel * (layer.running_var + layer.eps).rsqrt()) + _square(g.flatten(2).sum(2) if g.ndim > 2 else g)
+    normal = (a - layer.running_mean.view(shape)).mul_((layer.running_var + layer.eps).rsqrt().view(shape))
+    return _scaled(layer, _by_channel(normal.mul_(g)), _by_channel(g))
 
 
 def _group_norm(layer: nn.Module, a: Tensor, g: Tensor, memory: int) -> Tensor:
     """Of a GroupNorm layer."""
     assert isinstance(layer, nn.GroupNorm)
     normal = F.group_norm(a, layer.num_groups, eps=layer.eps)
-    by_channel = [x.flatten(2).sum(2) if x.ndim > 2 else x for x in (normal.mul_(g), g)]
-    return _square(by_channel[0]) + _square(by_channel[1])
+    return _scaled(layer, _by_channel(normal.mul_(g)), _by_channel(g))
 
 
 def _layer_norm(layer: nn.Module, a: Tensor, g: Tensor, memory: int) -> Tensor:
-    """Of a LayerNorm layer, with or without a bias."""
+    """Of a LayerNorm layer."""
     assert isinstance(layer, nn.LayerNorm)
     normal = F.layer_norm(a, layer.normalized_shape, eps=layer.eps)
     shape = (len(a), -1, math.prod(layer.normalized_shape))
-    total = _square(normal.mul_(g).reshape(shape).sum(1))
-    return total + _square(g.reshape(shape).sum(1)) if layer.bias is not None else total
+    return _scaled(layer, normal.mul_(g).reshape(shape).sum(1), g.reshape(shape).sum(1))
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """Sums over all positions: (n, c, ...) to (n, c)."""
+    return x.flatten(2).sum(2) if x.ndim > 2 else x
+
+
+def _scaled(layer: nn.Module, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of a norm layer, from the gradients of its scale and its shift, of which it may lack one or the other."""
+    parts = [_square(own) for own, there in ((weight, layer.weight), (bias, layer.bias)) if there is not None]
+    return torch.stack(parts).sum(0)
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network says of n samples: logits, float of shape (n, c); labels, int64 of shape (n,); embedding, float of shape (n, d)."""
+    """What a network says of n samples: logits, float of shape (n, c); labels, int64 of shape (n,); embedding, float of shape (n, d), the
+    input of the Linear layer that makes the logits; bias: whether that layer has one."""
 
     logits: Tensor
     labels: Tensor
     embedding: Tensor
+    bias: bool = True
 
     @cached_property
     def log_p(self) -> Tensor:
@@ -43,12 +45,13 @@ def el2n(out: Outputs) -> Tensor:
 
 
 def grand(out: Outputs) -> Tensor:
-    """Norm of the loss gradient of the last layer (weights and bias): float64 of shape (n,). High is hard.
+    """Norm of the loss gradient of the last layer (weights and bias, if it has one): float64 of shape (n,). High is hard.
 
-    The gradient is the outer product of softmax(z) - onehot(y) and (h, 1), so its norm is el2n * sqrt(1 + |h|^2): no backward pass.
+    The gradient is the outer product of softmax(z) - onehot(y) and (h, 1), so its norm is el2n * sqrt(1 + |h|^2): no backward pass. Without
+    a bias it is el2n * |h|.
     Source: Paul et al. 2021, definition 2.1, restricted to the last layer.
     """
-    return el2n(out) * (1 + out.embedding.double().square().sum(1)).sqrt()
+    return el2n(out) * (float(out.bias) + out.embedding.double().square().sum(1)).sqrt()
 
 
 def entropy(out: Outputs) -> Tensor:

@@ -49,11 +49,13 @@ SHARED = ("seed", "balance", "memory")
 @dataclass(frozen=True)
 class Picked:
     """indices: int64 of shape (keep,), ascending; order: int64 of shape (n,), the ranking, best first, where the method ranks all the
-    candidates; weights: float32 of shape (keep,), for the indices, where it weighs: how many samples each stands for."""
+    candidates; weights: float32 of shape (keep,), for the indices, where it weighs: how much of the others each stands for; left_out: how
+    many candidates a cut-off took away first."""
 
     indices: NDArray[np.int64]
     order: NDArray[np.int64] | None = None
     weights: NDArray[np.float32] | None = None
+    left_out: int = 0
 
 
 @dataclass(frozen=True)

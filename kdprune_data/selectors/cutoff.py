@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kdprune_data import order
 from kdprune_data.selectors.base import Params, Picked, Pool
 from kdprune_data.selectors.inputs import score_of
-from kdprune_data.selectors.quota import check, narrowed
+from kdprune_data.selectors.quota import check, lowest, narrowed
 
 AUM = "aum"
 CUT_HELP = "Fraction of the candidates, those of lowest aum, that is left out first; auto: 0.375 - 0.75 f, from 0 to 0.3."
@@ -40,12 +40,14 @@ def cut_count(keep: int, n: int, cut: float | None) -> int:
 def without_lowest(pool: Pool, keep: int, params: Params, cut: float | None, select: Callable[[Pool], Picked]) -> Picked:
     """What `select` keeps of the pool without the samples of lowest aum; among equal ones the smaller order hash is left out first.
 
+    Of each class its proportion, so that classes keep theirs; with balance `none` the lowest of all, as in the paper.
+
     Raises UsageError when the pool, or what is left of it, holds fewer than `keep`, labels are needed and missing, or the pool has no aum;
     SourceError when an aum is not finite.
     """
     check(pool, keep, params)
     lowest_first = np.empty(0, np.int64) if cut == 0 else _ascending(pool, params.seed)
-    return narrowed(pool, lowest_first[: cut_count(keep, len(pool.uids), cut)], keep, select)
+    return narrowed(pool, lowest(pool, lowest_first, cut_count(keep, len(pool.uids), cut), params), keep, select)
 
 
 def _ascending(pool: Pool, seed: int) -> NDArray[np.int64]:

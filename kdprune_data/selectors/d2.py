@@ -96,8 +96,9 @@ def passed(
 
 def cost(size: Size, params: D2Params) -> Cost:
     """Every pair of a group (of a part of it) is multiplied once from either side."""
-    largest = -(-size.candidates // params.parts)
-    pairs = float((largest.astype(np.float64) ** 2).sum()) * params.parts
+    parts = np.minimum(params.parts, size.kept)
+    largest = -(-size.candidates // parts)
+    pairs = float((largest.astype(np.float64) ** 2 * parts).sum())
     return Cost(pairs * size.width, peak_bytes(int(largest.max()), size.width, params.neighbours, params.memory))
 
 

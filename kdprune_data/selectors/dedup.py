@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,12 @@ ROUNDS = 50
 
 @dataclass(frozen=True)
 class Kept:
-    """rows: int64 of shape (m,), ascending, what is left; groups: samples that were kept for others too; conflicts: the groups whose
-    labels disagree."""
+    """rows: int64 of shape (m,), ascending, what is left; groups: samples that were kept for others too; conflicts: int64, ascending, those
+    among the rows that were kept for others with another label."""
 
     rows: NDArray[np.int64]
     groups: int
-    conflicts: int = 0
+    conflicts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def exact(uids: NDArray[np.uint64], digests: NDArray[np.uint8], labels: NDArray[np.int32], *, seed: int) -> Kept:
@@ -40,12 +41,21 @@ def exact(uids: NDArray[np.uint64], digests: NDArray[np.uint8], labels: NDArray[
     least, most = np.full(len(first), np.iinfo(np.int32).max), np.full(len(first), -1)
     np.minimum.at(least, group[labelled], labels[by_hash][labelled])
     np.maximum.at(most, group[labelled], labels[by_hash][labelled])
-    return Kept(np.sort(by_hash[first]), int((sizes > 1).sum()), int((least < most).sum()))
+    return Kept(np.sort(by_hash[first]), int((sizes > 1).sum()), np.sort(by_hash[first][least < most]))
 
 
 def default_clusters(n: int) -> int:
     """Clusters for n samples: about a thousand in each."""
     return max(1, n // PER_CLUSTER)
+
+
+def check_clusters(clusters: int, n: int) -> None:
+    """Raise UsageError for more clusters than half of the n candidates: pairs are compared within a cluster, and most would have none."""
+    if clusters > max(1, n // 2):
+        raise UsageError(
+            f"--dedup-clusters {clusters} of {n:,} candidates would compare next to none: at most {max(1, n // 2)}, by default "
+            f"{default_clusters(n)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,10 +122,13 @@ def _clusters(unit: NDArray[np.floating], clusters: int) -> Iterator[tuple[NDArr
         yield np.arange(len(unit)), unit.mean(0, dtype=np.float64)
         return
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    distinct = len(np.unique(unit, axis=0))  # k-means warns where there are fewer than clusters
-    with threadpool_limits(1):  # sums of several threads depend on how many they are
+    distinct = len(np.unique(unit, axis=0))
+    with threadpool_limits(1), warnings.catch_warnings():  # sums of several threads depend on how many they are
+        # Points that differ in their last bit may be one to k-means: some clusters are then empty, which is no matter.
+        warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
         found = KMeans(min(clusters, distinct), n_init=1, max_iter=ROUNDS, random_state=0).fit(unit)
     for cluster in range(found.n_clusters):
         rows = np.flatnonzero(found.labels_ == cluster)

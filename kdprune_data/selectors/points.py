@@ -8,7 +8,7 @@ give equal numbers to the bit wherever they stand; BLAS does not promise that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ Chosen = tuple[NDArray[np.int64], NDArray[np.float64] | None]
 
 @dataclass(frozen=True)
 class PartsParams(Params):
-    """parts: each class (or the whole, with balance `none`) is cut at random into so many, which are selected from by themselves."""
+    """parts: each class (or the whole, with balance `none`) is cut at random into so many, which are selected from by themselves; into no
+    more than are kept of it."""
 
     parts: int = option(1, help="Random parts of each class, each by itself: less time and memory, and not nested.", least=1)
 
@@ -108,10 +109,11 @@ def linear_cost(size: Size, params: PartsParams, multiplications: Callable[[int,
 
 
 def part_sizes(size: Size, parts: int) -> Iterator[tuple[int, int]]:
-    """How many candidates a part has and how many of them are kept, both rounded up, of every part that keeps some."""
+    """How many candidates a part has and how many of them are kept, both rounded up, of every part. No group has more than it keeps."""
     for m, k in zip(size.candidates.tolist(), size.kept.tolist(), strict=True):
-        for _ in range(min(parts, k)):
-            yield -(-m // parts), -(-k // parts)
+        of = min(parts, k)
+        for _ in range(of):
+            yield -(-m // of), -(-k // of)
 
 
 def largest(size: Size, parts: int) -> tuple[int, int]:
@@ -149,17 +151,27 @@ def size_of(pool: Pool, keep: int, params: Params) -> Size:
     )
 
 
+def smallest_parts(size: Size, params: Params, cost: Callable[[Size, Any], Cost]) -> int | None:
+    """The smallest number of parts, above that of the settings, with which a method fits the memory given; None where none does, or it has
+    no parts."""
+    if "parts" not in {field.name for field in fields(params)}:
+        return None
+    most = int(size.kept.max())  # no group is cut into more
+    low, high = params.own()["parts"], most + 1  # it is above `low`, at most `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        fit = cost(size, type(params)(**(params.own() | {"parts": middle}))).bytes <= params.memory
+        low, high = (low, middle) if fit else (middle, high)
+    return high if high <= most else None
+
+
 def fits(name: str, size: Size, params: PartsParams, cost: Callable[[Size, Any], Cost]) -> None:
     """Raise UsageError where a method needs more than the memory given, and say how many parts would fit."""
     need = int(cost(size, params).bytes)
     if need <= params.memory:
         return
-    most = int(size.candidates.max())
-    low, high = params.parts, most + 1  # the smallest number of parts that fits is above `low`, at most `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if cost(size, replace(params, parts=middle)).bytes <= params.memory else (middle, high)
-    parts = f"give --set parts={high}, or " if high <= most else "give "
+    enough = smallest_parts(size, params, cost)
+    parts = "give " if enough is None else f"give --set parts={enough}, or "
     raise UsageError(
         f"{name} needs {need:,} bytes for groups of up to {largest(size, params.parts)[0]:,} samples, and --memory is {params.memory:,}: "
         f"{parts}--memory {need}"

@@ -46,6 +46,19 @@ def take(pool: Pool, ranking: NDArray[np.int64], keep: int, params: Params) -> P
     return Picked(np.sort(kept[:keep]), kept.astype(np.int64))
 
 
+def lowest(pool: Pool, ranking: NDArray[np.int64], count: int, params: Params) -> NDArray[np.int64]:
+    """The first `count` rows of a ranking, to be left out before anything is kept: int64 of shape (count,).
+
+    Of each class its proportion, as `take` does with balance `class`, however what is kept will be balanced: so what is left has the
+    classes' proportions, and none vanishes that half of would stay. With balance `none` those of the whole ranking.
+    """
+    if count == 0 or params.balance == "none":
+        return ranking[:count]
+    kept = take(pool, ranking, count, Params(params.seed, "class")).order
+    assert kept is not None
+    return kept[:count]
+
+
 def check(pool: Pool, keep: int, params: Params) -> None:
     """Raise UsageError when the pool holds fewer than `keep`, or labels are needed and missing."""
     n = len(pool.uids)
@@ -68,7 +81,8 @@ class Group:
 def groups(pool: Pool, keep: int, params: Params, parts: int = 1) -> list[Group]:
     """The classes, in order (with balance `none` one group of all), and how many `take` would keep of each; only those that keep some.
 
-    parts: each is cut at random into so many, which share what is kept; for methods whose cost grows with the square of a group.
+    parts: each is cut at random into so many, but never into more than are kept of it, so that every part keeps some; for methods whose
+    cost grows with the square of a group.
     Raises UsageError as `take` does.
     """
     by_hash = np.argsort(order.order_hash(pool.uids, params.seed, "select"), kind="stable").astype(np.int64)
@@ -83,11 +97,11 @@ def groups(pool: Pool, keep: int, params: Params, parts: int = 1) -> list[Group]
 
 
 def _cut(group: Group, parts: int) -> list[Group]:
-    n = len(group.rows)
-    edges = [n * part // parts for part in range(parts + 1)]
-    kept = [group.keep * edge // n for edge in edges]
-    cut = [Group(group.rows[edges[p] : edges[p + 1]], kept[p + 1] - kept[p]) for p in range(parts)]
-    return [part for part in cut if part.keep]
+    """Parts of equal size that keep equally many: the first have one more of either, where that does not divide."""
+    parts = min(parts, group.keep)
+    (size, larger), (keep, more) = divmod(len(group.rows), parts), divmod(group.keep, parts)
+    edges = [part * size + min(part, larger) for part in range(parts + 1)]
+    return [Group(group.rows[edges[p] : edges[p + 1]], keep + (p < more)) for p in range(parts)]
 
 
 def narrowed(pool: Pool, leave_out: NDArray[np.int64], keep: int, select: Callable[[Pool], Picked]) -> Picked:
@@ -105,7 +119,7 @@ def narrowed(pool: Pool, leave_out: NDArray[np.int64], keep: int, select: Callab
         )
     picked = select(subpool(pool, rows))
     ranked = None if picked.order is None else np.concatenate([rows[picked.order], leave_out])
-    return replace(picked, indices=rows[picked.indices], order=ranked)
+    return replace(picked, indices=rows[picked.indices], order=ranked, left_out=len(leave_out))
 
 
 def subpool(pool: Pool, rows: NDArray[np.int64]) -> Pool:

@@ -11,7 +11,7 @@ from kdprune_data import order
 from kdprune_data.config import option
 from kdprune_data.selectors.base import ENDS, Method, Params, Picked, Pool
 from kdprune_data.selectors.inputs import score_of
-from kdprune_data.selectors.quota import narrowed, places, take
+from kdprune_data.selectors.quota import check, lowest, narrowed, places, take
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ def select(pool: Pool, keep: int, params: RankedParams) -> Picked:
     """Keep `keep` samples by a score. Nested in `keep`.
 
     `middle` keeps what is nearest to the median place: of each class, or with balance `none` of the whole pool. `skip_hardest` is the
-    offset of Paul et al., "Deep learning on a data diet", NeurIPS 2021: the hardest are often mislabelled.
+    offset of Paul et al., "Deep learning on a data diet", NeurIPS 2021: the hardest are often mislabelled. Of each class its proportion is
+    left out, with balance `none` the hardest of all.
 
     Raises UsageError without the score or when too few are left, SourceError when one is NaN or infinite.
     """
     scores = score_of(pool, params.score)
     if params.skip_hardest:
         skipped = order.keep_count(order.fraction(params.skip_hardest), len(scores))
-        ranking = _ranking(pool, scores, params, "hard")
-        hardest = take(pool, ranking, max(1, skipped), params).order
-        assert hardest is not None
-        return narrowed(pool, hardest[:skipped], keep, lambda rest: _select(rest, keep, params))
+        check(pool, keep, params)
+        hardest = lowest(pool, _ranking(pool, scores, params, "hard"), skipped, params)
+        return narrowed(pool, hardest, keep, lambda rest: _select(rest, keep, params))
     return _select(pool, keep, params)
 
 

@@ -9,8 +9,8 @@
     operand      = column | literal
     literal      = number, such as 7, -0.5, 1e-3 | text in single or double quotes
 
-`a < b < c` means `a < b and b < c`. Texts are compared with `==`, `!=` and `in` alone. A comparison with a value that is missing (a sample
-without a label) is false, whatever its sign; `not` of it is true.
+The words may be in capitals. `a < b < c` means `a < b and b < c`. Texts are compared with `==`, `!=` and `in` alone. A comparison with a
+value that is missing (a sample without a label) is false, whatever its sign; `not` of it is true.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ class _Parser:
                 return _Operand(None, token.text[1:-1], True, token)
             case "name":
                 if token.text not in self._numbers and token.text not in self._texts:
-                    raise UsageError(f"--where, character {token.at}: {unknown('column', token.text, [*self._numbers, *self._texts])}")
+                    known = unknown("column", token.text, [*self._numbers, *self._texts])
+                    raise UsageError(f"--where, character {token.at}: {known}; a text stands in quotes")
                 self._names.add(token.text)
                 return _Operand(token.text, None, token.text in self._texts, token)
         raise _error(token, "a column, a number, or a text in quotes")
@@ -223,8 +224,10 @@ def _tokens(text: str) -> list[_Token]:
             at += len(text[at:]) - len(text[at:].lstrip())
             raise _wrong_character(text, at)
         kind = str(match.lastgroup)
-        piece = match[kind]
-        found.append(_Token("word" if kind == "name" and piece in WORDS else kind, piece, match.start(kind) + 1))
+        piece, place = match[kind], match.start(kind) + 1
+        if kind == "name" and piece.lower() in WORDS:  # as in SQL, in any case
+            kind, piece = "word", piece.lower()
+        found.append(_Token(kind, piece, place))
         at = match.end()
     return [*found, _Token("end", "", len(text) + 1)]
 

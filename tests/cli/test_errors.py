@@ -137,7 +137,7 @@ FULL: list[tuple[list[str], str]] = [
     (["select", "--frac", "0.5", "--name", ".a"], "--name '.a' is not a plain name"),
     (["select", "--frac", "0.5", "--name", ""], "--name is empty: give a value, or leave it out"),
     (["select", "--frac", "0.5", "--balance", "odd"], "'odd' is not one of"),
-    (["select", "--frac", "0.5", "--keys", "ids.txt"], "say what to keep: either --frac FRACTION"),
+    (["select", "--frac", "0.5", "--keys", "ids.txt"], "--frac and --keys were both given: --keys keeps exactly the ids listed; give one"),
     (["teacher", "--model", "resnet-20"], "unknown model 'resnet-20'; did you mean 'resnet20'?"),
     (["teacher", "--model", "resnet8", "--size", "0"], "--size 0 is too small"),
     (["teacher", "--model", "vit_b_16"], "cannot read images of 8 pixels"),
@@ -408,3 +408,22 @@ def test_call_returns_and_does_not_exit(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert call(["info", "nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("select --frac 0.5 --frac 0.5", "--frac was given twice: give it once"),
+        ("select --frac=0.5 --scores a --scores b --scores=c", "--scores was given 3 times: give it once"),
+        ("score -j 2 --jobs 3", "--jobs was given twice: give it once"),
+        ("teacher --scale 0.1 1 --scale 0.2 1", "--scale was given twice: give it once"),
+        ("select --balance none --balance class --frac 1", "--balance was given twice: give it once"),
+    ],
+)
+def test_an_option_that_takes_one_value_is_given_once(chain: Path, kdprune: Cli, line: str, said: str) -> None:
+    assert refused(kdprune, chain, line.split()) == said
+
+
+def test_lists_and_flags_may_be_given_again(chain: Path, kdprune: Cli) -> None:
+    line = "select --frac 0.5 --method ccs --set bins=9 --set cut=0 --set score=el2n --dry-run --dry-run -v -v --json --json"
+    assert kdprune(*line.split(), cwd=chain).code == 0

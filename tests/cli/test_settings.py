@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from kdprune_pipelines import _recipes
 from kdprune_pipelines.teacher import TeacherConfig
+
+from kdprune_data.formats.manifest import Manifest
 
 Cli = Callable[..., Any]
 
@@ -135,3 +139,40 @@ def test_what_is_always_on_the_line_is_not_taken_from_a_file(kdprune: Cli, tmp_p
     (tmp_path / "kdprune.toml").write_text(f"[{command}]\n{key} = 'x'\n")
     ran = kdprune(command, "y", cwd=tmp_path)
     assert (ran.code, f"kdprune.toml [{command}] gives '{key}', which is given on the command line: take it out" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "method", "settings"),
+    [
+        ("method = 'ccs'\nset = ['bins=9']", "--method random", "random", None),
+        ("method = 'ccs'\nset = ['bins=9']\nscores = 'scores/resnet8-s0'", "--method random", "random", None),
+        ("method = 'ccs'\nset = ['bins=9']", "--method ccs", "ccs", {"bins": 9, "cut": None, "score": "aum"}),
+        ("method = 'ccs'\nset = ['bins=9']", "--set bins=8", "ccs", {"bins": 8, "cut": None, "score": "aum"}),
+        ("method = 'el2n'\nkeep = 'easy'\nskip_hardest = 0.1", "--method d2 --set neighbours=3", "d2", {"neighbours": 3}),
+        ("keep = 'easy'", "--method el2n", "el2n", None),
+        ("scores = 'f.parquet'\ncolumn = 'c'\nhard = 'high'", "--method herding", "herding", None),
+        ("scores = 'f.parquet'\ncolumn = 'c'\nhard = 'high'\nkeep = 'easy'", "", "c", None),
+        ("method = 'd2'\nset = { neighbours = 3 }", "--column c --scores f.parquet --hard low", "c", None),
+        ("scores = 'scores/resnet8-s0'", "", "random", None),
+    ],
+)
+def test_what_goes_with_a_method_ends_with_it(
+    chain_copy: Path, kdprune: Cli, text: str, line: str, method: str, settings: dict[str, Any] | None
+) -> None:
+    ids = pq.read_table(chain_copy / "data/train/index.parquet")["id"]
+    pq.write_table(pa.table({"id": ids, "c": list(range(len(ids)))}), chain_copy / "f.parquet")
+    (chain_copy / "kdprune.toml").write_text(f"[select]\nfrac = 0.3\n{text}\n")
+    ran = kdprune("select", "--name", "x", "-v", *line.split(), cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    made = Manifest.load(chain_copy / "subsets/x").config
+    assert made["method"] == method
+    assert settings is None or settings.items() <= made["settings"].items()
+    if method not in ("c", "el2n", "ccs", "d2") and "method" in text:
+        assert "of kdprune.toml [select] goes with another method: left out" in ran.err
+    assert made.get("keep", "hard") == ("easy" if "keep" in text and method in ("el2n", "c") else "hard")
+
+
+def test_scores_that_are_typed_and_not_read_are_refused(chain: Path, kdprune: Cli) -> None:
+    assert "--scores was given but --method is random" in refusal(
+        kdprune, chain, "--frac", "0.5", "--scores", "scores/resnet8-s0", "--dry-run"
+    )

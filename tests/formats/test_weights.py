@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kdprune_data.errors import FormatError, SourceError
 from kdprune_data.formats.dataset import Dataset, read_weights
+from kdprune_data.formats.manifest import File, Manifest, sha256_file
 
 SUBSET = Path("subsets/random-0.5-s0")
 Weigh = Callable[..., None]
@@ -55,11 +58,24 @@ def test_no_weight_is_negative_or_infinite(chain_copy: Path, weigh: Weigh, kdpru
 
 
 def test_weights_of_other_samples_are_refused(chain_copy: Path) -> None:
-    path, data = chain_copy / SUBSET / "selection.parquet", Dataset.open(chain_copy / SUBSET)
-    found = pq.read_table(path)
-    pq.write_table(found.take(list(range(53, -1, -1))), path)
+    """Also where the manifest was made to fit; without that, any change of the file."""
+    folder = chain_copy / SUBSET
+    path, manifest = folder / "selection.parquet", Manifest.load(folder)
+    found, before = pq.read_table(path), path.read_bytes()
+
+    def spoil(table: pa.Table) -> None:
+        data = Dataset.open(folder)
+        pq.write_table(table, path)
+        with pytest.raises(FormatError, match=r"selection.parquet was changed: its sha256 is not the manifest's; make or fetch it again"):
+            _ = data.weights
+        files = [File(f.path, (folder / f.path).stat().st_size, sha256_file(folder / f.path)) for f in manifest.files]
+        (folder / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
+
+    spoil(found.take(list(range(53, -1, -1))))
     with pytest.raises(FormatError, match=r"selection.parquet is not of the samples of index.parquet: make or fetch it again"):
-        _ = data.weights
-    pq.write_table(found.drop_columns(["weight"]), path)
+        _ = Dataset.open(folder).weights
+    (folder / "manifest.json").write_bytes(manifest.to_json())
+    path.write_bytes(before)
+    spoil(found.drop_columns(["weight"]))
     with pytest.raises(FormatError, match=r"selection.parquet \w+"):
-        _ = data.weights
+        _ = Dataset.open(folder).weights

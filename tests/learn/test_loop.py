@@ -449,6 +449,21 @@ def test_the_recorder_goes_on_from_a_state() -> None:
     assert all(np.array_equal(a[k], b[k]) for k in a)
 
 
+def test_the_recorder_keeps_whole_logits() -> None:
+    """Less the largest of each row, clipped at what float16 holds; the rows asked for, in that order; gone on from a state too."""
+    z = [[1.5, 0.0, 3.0], [-2.0, -2.0, -2.0], [7e4, 0.0, -7e4], [0.0, 1e-3, -65504.0]]
+    expected = [[-1.5, -3.0, 0.0], [0.0, 0.0, 0.0], [0.0, -65504.0, -65504.0], [-1e-3, 0.0, -65504.0]]
+    first, second = Recorder(6, classes=3), Recorder(6, classes=3)
+    first.observe(batch_of([4, 0], [2, 0]), torch.tensor(z[:2]))
+    second.restore({k: v.clone() for k, v in first.state().items()})
+    second.observe(batch_of([5, 2], [0, 1]), torch.tensor(z[2:]))
+    found = second.logits(np.array([2, 4, 5, 0]))
+    assert (found.dtype, found.shape) == (np.float16, (4, 3))
+    assert found.tolist() == np.array([expected[n] for n in (3, 0, 2, 1)], np.float16).tolist()
+    assert np.isfinite(found).all()
+    assert "logits" not in Recorder(6).state()
+
+
 def test_the_recorder_takes_one_class() -> None:
     recorder = Recorder(1)
     recorder.observe(batch_of([0], [0]), torch.tensor([[3.0]]))

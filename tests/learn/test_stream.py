@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,32 @@ def test_a_batch_that_cannot_be_made_says_so(chain_copy: Path, folder: str) -> N
     tar.write_bytes(tar.read_bytes()[:2000])
     with pytest.raises(Exception, match=r"shard-000000\.tar (was changed|is shorter than its index says)"):
         list(one.epoch(0))
+
+
+@pytest.mark.parametrize("command", ["teacher", "score"])
+def test_a_sample_that_does_not_decode_is_named(chain_copy: Path, kdprune: Callable[..., Any], command: str) -> None:
+    """Of a set that was adopted without reading the images; everything before them was."""
+    source = Dataset.open(chain_copy / "data/train")
+    (chain_copy / "broken").mkdir()
+    for path in source.shard_paths:
+        (chain_copy / "broken" / path.name).write_bytes(path.read_bytes())
+    broken = chain_copy / "broken" / source.shard_paths[1].name
+    row = 57
+    at, size = (int(source.index[name][row].as_py()) for name in ("image_offset", "image_length"))
+    data = bytearray(broken.read_bytes())
+    data[at + size // 2 : at + size] = bytes(size - size // 2)
+    broken.write_bytes(data)
+    index = ["index", "broken", "--no-digests", "--out", "data/broken", "--classes", "names.txt"]
+    (chain_copy / "names.txt").write_text("\n".join(source.classes))
+    ran = kdprune(*index, cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    more = ["--model", "resnet8", "--epochs", 1] if command == "teacher" else []
+    ran = kdprune(command, "--data", "data/broken", "--name", "x", *more, cwd=chain_copy)
+    said = (
+        rf"error: sample '{source.ids[row]}' in .*{broken.name}: not an image that decodes .*; index the shards again without --no-digests"
+    )
+    assert (ran.code, ran.out) == (1, "")
+    assert re.search(said, ran.err), ran.err
 
 
 # --- views replayed from a cache

@@ -88,10 +88,12 @@ def test_the_tables(chain: Path, kdprune: Cli, facts: dict[str, Any]) -> None:
     by_hardness = sorted(facts["per_class"], key=lambda c: -c["hardness"])
     assert lines[heads[1] + 1].split() == [c["class"] for c in by_hardness]
     assert lines[heads[1] + 2].split() == ["samples", *(str(c["samples"]) for c in by_hardness)]
+    assert lines[heads[2] + 1].split() == columns[:-1]
     last = lines[heads[2] + 1 + len(columns)].split()
-    assert last[:2] == [str(len(columns)), columns[-1]]
-    assert [float(v) for v in last[2:]] == [round(facts["correlations"]["spearman"][columns[-1]][b], 2) for b in columns]
-    assert (last[-1], "-0.00" in ran.out, "does not vary" in ran.out) == ("+1.00", False, False)
+    assert last[0] == columns[-1]
+    assert [float(v) for v in last[1:]] == [round(facts["correlations"]["spearman"][columns[-1]][b], 2) for b in columns[:-1]]
+    assert ("-.00" in ran.out, "does not vary" in ran.out) == (False, False)
+    assert f"  settings  batch = 256\n            columns = {', '.join(columns)[:60]}" in ran.out
     assert len(lines) == heads[2] + 2 + len(columns)
     told = kdprune("info", SCORED, "--json", cwd=chain)
     assert json.loads(told.out)["scores"] == facts
@@ -117,9 +119,9 @@ def test_many_classes_are_told_by_the_hardest_and_the_easiest(tmp_path: Path) ->
         tmp_path / "s", {"el2n": [float(n) for n in labels], "aum": [-float(n) for n in labels]}, labels, [f"c{n}" for n in range(21)]
     )
     lines = list(_distribution.lines(found))
-    assert "  classes   means of the 6 hardest and the 6 easiest of 20 classes (on average over the scores; all with --json)" in lines
+    assert "  classes   means of the 5 hardest and 5 easiest of 20 classes (over all scores; others with --json)" in lines
     head = next(line.split() for line in lines if "c19" in line)
-    assert head == [f"c{n}" for n in (19, 18, 17, 16, 15, 14, 5, 4, 3, 2, 1, 0)]
+    assert head == [f"c{n}" for n in (19, 18, 17, 16, 15, 4, 3, 2, 1, 0)]
     assert found["per_class"][20] == {"class": "c20", "samples": 0, "hardness": None, "means": {"el2n": None, "aum": None}}
     assert found["correlations"]["spearman"]["el2n"]["aum"] == -1
 
@@ -134,7 +136,7 @@ def test_extremes(tmp_path: Path) -> None:
     lines = list(_distribution.lines(flat))
     assert not any(line.startswith("  classes") for line in lines)
     assert lines[-4].endswith("; -: a score that does not vary")
-    assert [line.split() for line in lines[-2:]] == [["1", "el2n", "-"], ["2", "loss", "-", "+1.00"]]
+    assert [line.split() for line in lines[-3:]] == [["el2n"], ["el2n"], ["loss", "-"]]
     assert all(json.loads(json.dumps(found, allow_nan=False)) == found for found in (one, flat))
 
 
@@ -169,7 +171,37 @@ def test_weights_of_a_subset(chain_copy: Path, kdprune: Cli, weigh: Callable[...
 
 
 def test_tables_line_up() -> None:
-    found = list(aligned(["name", "a", "a very long heading"], [["x", "1"], ["longer", "-10", "3"]]))
+    found = list(aligned(["name", "a", "a very long heading"], [["x", "1"], ["longer", "-10", "3"]], "  "))
     assert found == ["  name      a  a very lo…", "  x         1", "  longer  -10           3"]
     assert [short("ten letter"), short("eleven char")] == ["ten letter", "eleven ch…"]
-    assert [number(v) for v in (None, 0.0, -1.5, 123456.0, 1e-9)] == ["-", "0", "-1.5", "1.235e+05", "1e-09"]
+    assert [number(v) for v in (None, 0.0, -1.5, 12345.6, 1234567.0, 1.2e-9, -0.00123)] == [
+        "-",
+        "0",
+        "-1.5",
+        "12346",
+        "1.23e6",
+        "1.2e-9",
+        "-0.001",
+    ]
+    rng = np.random.default_rng(0)
+    values = [*(rng.normal(size=200) * 10.0 ** rng.integers(-30, 30, 200)), 999.95, 9999.5, 99999.7, 0.00099999, -99999.9]
+    for value in values:
+        assert len(number(value)) <= 6
+        assert float(number(value)) == pytest.approx(value, rel=0.5)
+
+
+def test_a_page_is_wide_enough(scored: Path, kdprune: Cli, tmp_path: Path) -> None:
+    """For all scores and ten classes; what a score finds out by itself is `auto`."""
+    ran = kdprune("info", "scores/resnet8-s0", cwd=scored)
+    lines = ran.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(f" {name} " in f" {ran.out.split('ranks ')[1]} ".replace("\n", " ") for name in SCORES)
+    assert "            settings.density.clusters = auto" in lines
+    assert "            proxies = null" in lines
+    columns = ran.out.split("columns = ")[1].split("early_epoch")[0]
+    assert [name.strip() for name in columns.split(",")] == list(SCORES)
+    names = [f"a class of a long name {n}" for n in range(12)]
+    rng = np.random.default_rng(0)
+    values = {name: (rng.normal(size=120) * -1e-3).tolist() for name in SCORES}
+    found = rescored(tmp_path / "s", values, [n % 12 for n in range(120)], names)
+    assert [line for line in _distribution.lines(found) if len(line) > 100] == []

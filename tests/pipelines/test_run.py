@@ -15,6 +15,7 @@ import pytest
 from kdprune_pipelines import _recipes
 from kdprune_pipelines.cache import CacheConfig
 from kdprune_pipelines.run import RunConfig, run
+from kdprune_pipelines.score import ScoreConfig
 
 from kdprune_data.errors import KdpruneError, UsageError
 from kdprune_data.formats.manifest import Manifest
@@ -131,6 +132,7 @@ def test_a_recipe_makes_what_the_commands_make(done: tuple[Path, str], chain: Pa
         assert from_cache["from"] == "cache"
     lines = printed.splitlines()
     assert lines[0].split() == ["stage", "folder", "result", "seconds"]
+    assert max(map(len, lines)) <= 100
     assert lines[-1].startswith("runs/r.json: 24 of 24 done in ")
     assert sum("accuracy" in line for line in lines) == 3
     assert sum("whole" in line for line in lines) == 11
@@ -362,6 +364,20 @@ name = "of-b"
     assert Manifest.load(chain_copy / student["folder"]).ancestor("teacher")["name"] == "b"
 
 
+def test_settings_may_be_a_table(chain_copy: Path, kdprune: Cli) -> None:
+    text = "[[select]]\nfrac = 0.5\nmethod = 'ccs'\nname = 'a'\nset = {}\n[[select]]\nfrac = 0.5\nmethod = 'ccs'\nname = 'b'\nset = {}\n"
+    text = text.format("['bins=7', 'cut=0.25', 'score=el2n']", "{ bins = 7, cut = 0.25, score = 'el2n' }")
+    ran = kdprune("run", recipe(chain_copy, text), cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    one, two = (Manifest.load(chain_copy / "subsets" / name).config for name in "ab")
+    assert one == two
+    assert one["settings"] == {"bins": 7, "cut": 0.25, "score": "el2n"}
+    assert record(chain_copy)["stages"][1]["options"]["set"] == ["bins=7", "cut=0.25", "score=el2n"]
+    nested = {"set": {"density": {"clusters": 3}, "prototype.distance": "cosine", "x": {"y": True}}}
+    found = _recipes.checked("r.toml", "[score]", nested, ScoreConfig)
+    assert found == {"set": ("density.clusters=3", "prototype.distance=cosine", "x.y=true")}
+
+
 # --- refused before any work
 
 BAD = [
@@ -418,6 +434,32 @@ BAD = [
     (
         "[[import]]\nsource = 'digits'\n[[import]]\nsource = 'digits'\nout = 'b'\n[teacher]\n",
         'r.toml [teacher]: the recipe makes 2 train splits: say which with data = "FOLDER"',
+    ),
+    ("[select]\nfrac = 1\nmethod = 'ccs'\nset = ['bin=3']\n", "r.toml [select]: unknown setting of ccs 'bin'; did you mean 'bins'?"),
+    ("[select]\nfrac = 1\nmethod = 'ccs'\nset = { bins = 'x' }\n", "r.toml [select]: --set bins=x: expected a whole number"),
+    ("[select]\nfrac = 1\nmethod = 'ccs'\nset = { bins = [3] }\n", "r.toml [select]: set: bins is [3]: expected a text, a number, true or"),
+    ("[select]\nfrac = 1\nwhere = 'labl == 3'\n", "r.toml [select]: --where, character 1: unknown column 'labl'; did you mean 'label'?"),
+    (
+        "[teacher]\n[score]\n[select]\nfrac = 1\nmethod = 'el2n'\nwhere = 'label =='\n",
+        "r.toml [select]: --where, character 9: found the end",
+    ),
+    ("[teacher]\n[score]\nset = ['density.x=1']\n", "r.toml [score]: unknown setting of density 'x'"),
+    ("[teacher]\n[score]\nset = { density = { clusters = 3 } }\n", 'set density.* is for a score that is not made: add also = ["density"]'),
+    ("[teacher]\n[score]\nproxies = 2\n", "r.toml [score]: --proxies 2 says how many networks to train, and --epochs for how long"),
+    ("[teacher]\nepochs = 3\n[score]\nepoch = 2\n", "r.toml [score]: epoch = 2: [teacher] keeps the weights after epoch 1, 3; choose one"),
+    *(
+        (f"[teacher]\nepochs = 1\n[score]\n[select]\nfrac = 0.5\n{text}\n", f"r.toml [select]: {message}")
+        for text, message in (
+            ("method = 'herding'", "herding needs embedding, which [score] does not make: add embedding = true to [score]"),
+            ("dedup = 'near'", "--dedup near needs embedding, which [score] does not make: add embedding = true to [score]"),
+            ("method = 'density'", 'method density ranks by a score that [score] does not make: add also = ["density"] to [score]'),
+            ("where = 'density < 1'", '--where needs density, which [score] does not make: add also = ["density"] to [score]'),
+            ("method = 'tdds'", 'method tdds ranks by a score that [score] does not make: add record = "logits" to [teacher]'),
+            (
+                "method = 'dual_beta'",
+                "dual_beta needs dual, which [score] does not make: it needs 2 recorded epochs or more, and [teacher] has 1: train",
+            ),
+        )
     ),
 ]
 

@@ -271,7 +271,14 @@ def test_a_broken_teacher_is_refused(chain_copy: Path, kdprune: Cli) -> None:
     weights = load_file(chain_copy / TEACHER / "model.safetensors")
     weights["linear.weight"][3] = torch.nan
     save_file(weights, chain_copy / "changed.safetensors")
-    save_file(weights, chain_copy / TEACHER / "model.safetensors")  # of the same length: only `verify` reads what it says
+    save_file(weights, chain_copy / TEACHER / "model.safetensors")
+    ran = kdprune("score", "--out", "out", cwd=chain_copy)
+    assert (ran.code, "model.safetensors was changed: its sha256 is not the manifest's" in ran.err) == (1, True), ran.err
+    manifest = Manifest.read(chain_copy / TEACHER)
+    places = [(f.path, chain_copy / TEACHER / f.path) for f in manifest.files]
+    whole = replace(manifest, files=[File(name, path.stat().st_size, sha256_file(path)) for name, path in places])
+    (chain_copy / TEACHER / "manifest.json").write_bytes(whole.to_json())
+    shutil.rmtree(chain_copy / "out", ignore_errors=True)
     adopted = ["teacher", "--model", "resnet8", "--weights", "changed.safetensors", "--epochs", 0]
     for command in (adopted, ["score"], ["cache", "data/train"], ["evaluate", TEACHER], ["verify", TEACHER]):
         ran = kdprune(*command, *(["--out", "out"] if command[0] not in ("evaluate", "verify") else []), cwd=chain_copy)

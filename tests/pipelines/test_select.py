@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from kdprune_pipelines._console import Outcome
 
 from kdprune_data import order
 from kdprune_data.errors import ExistsError, FormatError, KdpruneError, MismatchError, SourceError, UsageError
+from kdprune_data.formats import subset
+from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.manifest import Manifest
+from kdprune_data.formats.identity import Identity
+from kdprune_data.formats.manifest import Manifest, sha256_file
+from kdprune_data.formats.shards import Limits
 
 Digests = Callable[[Path], dict[str, str]]
 
@@ -470,7 +475,8 @@ def test_equal_scores_are_settled_by_the_hash(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ({}, "say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE"),
-        ({"frac": "0.1", "keys": "x.txt"}, "say what to keep"),
+        ({"frac": "0.1", "keys": "x.txt"}, "--frac and --keys were both given: --keys keeps exactly the ids listed; give one"),
+        ({"frac": "0.1", "hard": "high", "scores": "pyproject.toml"}, "name the column with --column"),
         ({"keys": "x.txt", "method": "random"}, "--keys is a list by itself"),
         ({"frac": "0.1", "method": "el2n", "column": "x"}, "--method and --column were both given"),
         ({"frac": "0.1", "column": "x"}, "--column names a column of a Parquet file: give the file with --scores FILE"),
@@ -566,6 +572,98 @@ def test_a_selection_that_finished_its_ranking_and_was_interrupted_ends_in_the_s
     assert verify.run(verify.VerifyConfig(artefact=tmp_path / "broken")).ok
 
 
+def test_a_shard_of_an_interrupted_run_is_trusted_only_for_the_very_samples(train: Path, tmp_path: Path) -> None:
+    """The selection may have been another, of an earlier version: its shards are made again, and those there are too many of go."""
+    parent, limits = Dataset.open(train), Limits(20, 10**9)
+    identity = Identity("subset", "x", {}, [parent.manifest.as_input("data")])
+    whole = records(parent)
+
+    def copied(rows: np.ndarray) -> dict[str, int]:
+        plan = subset.plan(parent, rows, limits)
+        with Build.begin(tmp_path / "x", identity) as build:
+            assert list(subset.copy(parent, plan, build, 2)) == plan.names
+        paths = sorted((tmp_path / "x").glob("*.tar"))
+        assert [path.name for path in paths] == plan.names
+        for path, at in zip(paths, range(0, len(rows), 20), strict=True):
+            assert path.read_bytes() == b"".join(whole[row] for row in rows[at : at + 20]) + bytes(1024)
+        return {path.name: path.stat().st_mtime_ns for path in paths}
+
+    first = np.arange(0, 200, 2)
+    before = copied(first)
+    assert copied(first) == before
+    other = np.concatenate([first[:20], np.arange(41, 121, 2)])  # one shard as it was, two of others, two fewer
+    after = copied(other)
+    assert {name for name in after if after[name] == before[name]} == {"shard-000000.tar"}
+
+
+def test_the_weights_of_a_parent_are_left_behind(train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(train, tmp_path / "half", frac="0.5", ids_only=True)
+    run(tmp_path / "half", tmp_path / "a", frac="0.5")
+    assert "weights" not in capsys.readouterr().err
+    path = tmp_path / "half" / "selection.parquet"
+    found = pq.read_table(path)
+    weights = pa.array(np.arange(len(found)), pa.float32())
+    pq.write_table(found.set_column(found.schema.get_field_index("weight"), found.schema.field("weight"), weights), path)
+    made = Manifest.read(tmp_path / "half")
+    files = [replace(f, bytes=path.stat().st_size, sha256=sha256_file(path)) if f.path == path.name else f for f in made.files]
+    (tmp_path / "half" / "manifest.json").write_bytes(replace(made, files=tuple(files)).to_json())
+    run(tmp_path / "half", tmp_path / "b", frac="0.5")
+    assert f"the weights of {tmp_path / 'half'} are left behind: " in capsys.readouterr().err
+    assert set(pq.read_table(tmp_path / "b" / "selection.parquet")["weight"].to_pylist()) == {1.0}
+
+
+@pytest.mark.parametrize("column", ["../../evil", "a/b", "my score", ".hidden", "a\nb", "-"])
+def test_a_column_whose_name_can_be_no_folder_needs_a_name(
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scored(tmp_path / "s.parquet", train, hard="high", column=column)
+    settings = {"data": train, "frac": "0.1", "scores": tmp_path / "s.parquet", "column": column}
+    if column == "-":
+        assert str(select.run(select.SelectConfig.from_dict(settings)).folder) == "subsets/--0.1-s0"
+        return
+    with pytest.raises(UsageError) as caught:
+        select.run(select.SelectConfig.from_dict(settings))
+    assert str(caught.value) == f"--column {column!r} cannot be part of a folder's name ({f'{column}-0.1-s0'!r}): give one with --name NAME"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+    select.run(select.SelectConfig.from_dict(settings | {"name": "mine"}))
+    assert Manifest.load(tmp_path / "subsets/mine").config["column"] == column
+
+
+@pytest.mark.parametrize("column", ["random", "herding", "ccs", "embedding", "logits", "keys"])
+def test_a_column_with_the_name_of_a_method_is_refused(train: Path, tmp_path: Path, column: str) -> None:
+    line = refusal(UsageError, train, tmp_path / "x", frac="0.1", scores=tmp_path / "s.parquet", column=column, hard="high")
+    assert line == f"--column {column} has the name of something else that samples are chosen by, and is no score: rename the column"
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_numbers_that_float32_cannot_hold_are_refused(train: Path, tmp_path: Path, value: float) -> None:
+    ids = Dataset.open(train).ids.tolist()
+    most = float(np.finfo(np.float32).max)
+    for values, fine in (([most, -most, *range(len(ids) - 2)], True), ([1.0, value, *range(len(ids) - 2)], False)):
+        pq.write_table(pa.table({"id": ids, "mine": pa.array(values, pa.float64())}), tmp_path / "s.parquet")
+        settings = {"frac": "0.1", "scores": tmp_path / "s.parquet", "column": "mine", "hard": "high"}
+        if fine:
+            run(train, tmp_path / "fine", **settings)
+            continue
+        line = refusal(SourceError, train, tmp_path / "x", **settings)
+        assert f"column 'mine' of {ids[1]} is {value:g}, too large for float32, in which scores are kept (1 of 1,294 are)" in line
+
+
+def test_uniform_says_what_is_kept_of_classes_that_are_short(
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a score whose hardest are left out not all of theirs can be."""
+    scored(tmp_path / "s.parquet", train, hard="high")
+    settings = {"scores": tmp_path / "s.parquet", "column": "difficulty", "where": "class != '0' or difficulty < 10"}
+    run(train, tmp_path / "x", frac="0.5", balance="uniform", **settings, skip_hardest=0.1)
+    labels = Dataset.open(train).labels
+    err, kept = capsys.readouterr().err, np.bincount(Dataset.open(tmp_path / "x").labels)
+    there = int(err.split("('0' with ")[1].split(")")[0])
+    assert kept[0] < there < len(labels)
+    assert f"): {kept[0]} of {there} of theirs are kept, and up to {kept.max()} of the others\n" in err
+
+
 def test_a_parent_that_was_replaced_is_noticed_by_its_ids_only_subset(train: Path, tmp_path: Path) -> None:
     parent = shutil.copytree(train, tmp_path / "train")
     run(parent, tmp_path / "ids", frac="0.5", ids_only=True)
@@ -582,6 +680,9 @@ def test_a_parent_that_was_replaced_is_noticed_by_its_ids_only_subset(train: Pat
         ({"frac": "0.5", "keep": "easy"}, "--keep easy chooses an end of a score, and none ranks here"),
         ({"frac": "0.5", "method": "random", "keep": "hard"}, "none ranks here"),
         ({"frac": "0.5", "method": "el2n", "hard": "low"}, "recorded scores know which end is hard"),
+        ({"keys": "x.txt", "balance": "none"}, "--balance changes how samples are ranked, and --keys is a list that is kept as it is"),
+        ({"keys": "x.txt", "seed": 3}, "--seed changes how samples are ranked"),
+        ({"keys": "x.txt", "ranks": True}, "--ranks changes how samples are ranked"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(train: Path, tmp_path: Path, settings: dict[str, str], message: str) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from kdprune_pipelines._advice import score_command
 from kdprune_pipelines._methods import NAMES, table_of_methods
-from kdprune_pipelines._numbers import score_command
 
 from kdprune_data import order, selectors
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.scores import SCORES, Scores
+from kdprune_data.selectors.quota import subpool
 from kdprune_data.selectors.ranked import RankedParams
 
 Cli = Callable[..., Any]
@@ -68,6 +69,44 @@ def test_every_method_keeps_what_its_function_keeps(scored: Path, pool: selector
     assert config.get("settings", {}) == ({} if name in SCORES else own)
     assert (config["method"], config["seed"], config["balance"]) == (name, 2, "class")
     assert kdprune("verify", tmp_path / "x", cwd=scored).code == 0
+
+
+@pytest.mark.parametrize("how", ["where", "subset"])
+@pytest.mark.parametrize("name", ["herding", "moderate", "craig", "d2"])
+def test_what_is_read_of_some_samples_is_theirs(
+    scored: Path, pool: selectors.Pool, kdprune: Cli, tmp_path: Path, name: str, how: str
+) -> None:
+    """Scores and vectors are joined by id: of what `--where` leaves, and of a subset whose scores are its parent's."""
+    words: list[Any] = [scored / "data/train", "--frac", "0.1", "--where", "label > 3 and id != ''"]
+    rows = np.flatnonzero(pool.labels > 3)
+    if how == "subset":
+        half = ["select", "--frac", "0.5", "--seed", "9", "--out", tmp_path / "half"]
+        assert kdprune(*half, cwd=scored).code == 0
+        words = [tmp_path / "half", "--frac", "0.2", "--scores", scored / TEACHER]
+        rows = order.locate(pool.uids, Dataset.open(tmp_path / "half").uids)
+    ran = kdprune("select", *words, "--method", name, "--out", tmp_path / "x", cwd=scored)
+    assert ran.code == 0, ran.err
+    picked = selectors.select(name, subpool(pool, rows), 12)
+    assert Dataset.open(tmp_path / "x").uids.tolist() == pool.uids[rows[picked.indices]].tolist()
+    if picked.weights is not None:
+        assert pq.read_table(tmp_path / "x" / "selection.parquet")["weight"].to_pylist() == picked.weights.tolist()
+
+
+def test_the_smallest_number_of_parts_that_fits_is_named(scored: Path, kdprune: Cli, tmp_path: Path) -> None:
+    line = ["select", "--frac", "0.9", "--method", "craig", "--balance", "none", "--out", tmp_path / "x", "--dry-run"]
+    for memory in (1_200_000, 1_300_000, 1_450_000):
+        ran = kdprune(*line, "--memory", memory, cwd=scored)
+        assert ", or --set parts=" in ran.err, ran.err
+        parts = int(ran.err.split("--set parts=")[1].split(",")[0])
+        assert kdprune(*line, "--memory", memory, "--set", f"parts={parts}", cwd=scored).code == 0
+        assert kdprune(*line, "--memory", memory, "--set", f"parts={parts - 1}", cwd=scored).code == 2
+
+
+def test_tdds_without_any_scores_names_the_teacher_that_it_needs(scored: Path, kdprune: Cli, tmp_path: Path) -> None:
+    shutil.copytree(scored / "data", tmp_path / "data")
+    ran = kdprune("select", "--frac", "0.3", "--method", "tdds", cwd=tmp_path)
+    assert ran.code == 2
+    assert "train a teacher with `kdprune-data teacher --record logits`, then run `kdprune-data score`, or give a folder with" in ran.err
 
 
 @pytest.mark.parametrize("name", [name for name, method in selectors.SELECTORS.items() if method.nested and name != "score"])
@@ -124,6 +163,8 @@ def test_the_hardest_are_left_out(scored: Path, pool: selectors.Pool, kdprune: C
         ("--method ccs --set bins=3 --set bins=4", "--set bins was given twice (3 and 4): give it once"),
         ("--method ccs --set seed=3", "unknown setting of ccs 'seed'"),
         ("--method ccs --set score=el2m", "--set score=el2m: unknown score 'el2m'; did you mean 'el2n'?"),
+        ("--method ccs --set score=embedding", "--set score=embedding: unknown score 'embedding'; known: "),
+        ("--method d2 --set score=logits --set cut=0", "--set score=logits: unknown score 'logits'; "),
         ("--method el2n --set end=easy", "--set end=easy: el2n is a score, which has no settings here"),
         ("--set bins=3", "random has no settings: leave out --set bins"),
         ("--method ccs --keep easy", "--keep easy chooses an end of a score, and none ranks here"),
@@ -148,19 +189,26 @@ def test_what_is_refused(scored: Path, kdprune: Cli, tmp_path: Path, words: str,
 @pytest.mark.parametrize(
     ("words", "lacks"),
     [
-        ("--method herding", "embedding, which herding needs: run `kdprune-data score --embedding --overwrite`"),
-        ("--method craig", "embedding and logits, which craig needs: run `kdprune-data score --embedding --logits --overwrite`"),
-        ("--method density", "density, which density needs: run `kdprune-data score --also density --overwrite`"),
+        (
+            "--method herding",
+            "embedding, which herding needs: run `kdprune-data score --teacher FOLDER --embedding --name resnet8-s0-full`",
+        ),
+        (
+            "--method craig",
+            "embedding and logits, which craig needs: run `kdprune-data score --teacher FOLDER --embedding --logits --name ",
+        ),
+        ("--method density", "density, which density needs: run `kdprune-data score --teacher FOLDER --also density --name "),
         (
             "--method tdds",
-            "tdds, which tdds needs: train a teacher with `kdprune-data teacher --record logits`, then run `kdprune-data score "
-            "--overwrite`",
+            "tdds, which tdds needs: train a teacher with `kdprune-data teacher --model resnet8 --epochs 3 --batch 16 --record logits "
+            "--name resnet8-s0-logits`, then run `kdprune-data score --teacher teachers/resnet8-s0-logits`",
         ),
-        ("--dedup near", "embedding, which --dedup near needs: run `kdprune-data score --embedding --overwrite`"),
-        ("--where prototype<1", "prototype, which --where needs: run `kdprune-data score --also prototype --overwrite`"),
+        ("--dedup near", "embedding, which --dedup near needs: run `kdprune-data score --teacher FOLDER --embedding --name "),
+        ("--where prototype<1", "prototype, which --where needs: run `kdprune-data score --teacher FOLDER --also prototype --name "),
         (
             "--method density --dedup near",
-            "embedding and density, which --dedup near and density need: run `kdprune-data score --embedding --also density --overwrite`",
+            "embedding and density, which --dedup near and density need: run `kdprune-data score --teacher FOLDER --embedding --also "
+            "density --name ",
         ),
     ],
 )
@@ -176,7 +224,7 @@ def test_what_is_lacking_is_named_with_the_command_that_provides_it(
     bare(tmp_path / TEACHER, Manifest.load(tmp_path / TEACHER).config)
     ran = kdprune("select", "--frac", "0.3", *words.split(), cwd=tmp_path)
     assert ran.code == 2
-    assert f"error: {TEACHER} has no {lacks}\n" in ran.err
+    assert f"error: {TEACHER} has no {lacks}" in ran.err
 
 
 def bare(folder: Path, config: Any) -> None:
@@ -203,7 +251,8 @@ def test_the_scores_folder_that_has_what_is_needed_is_found(scored: Path, kdprun
     assert "several in scores/ fit: bare, other, whole; say which with --scores scores/NAME" in ran.err
     shutil.rmtree(tmp_path / "scores" / "whole")
     ran = kdprune("select", "--frac", "0.3", "--method", "kcenter", cwd=tmp_path)
-    assert "none of those in scores/ (bare, other) has embedding, which kcenter needs: run `kdprune-data score --embedding`" in ran.err
+    assert "none of those in scores/ (bare, other) has embedding, which kcenter needs: run `kdprune-data score --teacher FOLDER " in ran.err
+    assert "--embedding --name bare-full`; where both fit" in ran.err
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if selectors.SELECTORS[name].cost is not None])
@@ -242,3 +291,16 @@ def test_an_exact_count_whatever_the_method(scored: Path, kdprune: Cli, tmp_path
                 continue
             assert ran.code == 0, ran.err
             assert len(Dataset.open(tmp_path / f"{name}-{frac}")) == int(Fraction(frac) * 120 + Fraction(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("words", "left_out"), [("ccs", 36), ("d2 --set cut=0.2", 24), ("el2n --skip-hardest 0.1", 12), ("ccs --set cut=0", 0)]
+)
+def test_a_cut_off_is_told(scored: Path, kdprune: Cli, tmp_path: Path, words: str, left_out: int) -> None:
+    """In the output and in the counts: 120 candidates."""
+    ran = kdprune("select", "--frac", "0.1", "--method", *words.split(), "--out", tmp_path / "x", cwd=scored)
+    assert ran.code == 0, ran.err
+    counts = Manifest.load(tmp_path / "x").counts
+    which = "hardest" if "skip" in words else "of lowest aum"
+    assert (f": {left_out} of 120 candidates, those {which}, are left out first\n" in ran.err) == (left_out > 0)
+    assert counts.get("after_cut") == (120 - left_out if left_out else None)

@@ -31,6 +31,12 @@ TEACHER = Path("teachers/resnet8-s0")
 LINE = ["teacher", "--model", "resnet8", "--epochs", "3", "--batch", "16"]
 
 
+def instead(line: list[Any], change: list[Any]) -> list[Any]:
+    """A command with other values: options of the line that are given again are left out of it, as each may be given once."""
+    pairs = [line[n : n + 2] for n in range(1, len(line), 2)]
+    return [line[0], *(word for pair in pairs if pair[0] not in change for word in pair), *change]
+
+
 @pytest.fixture
 def workspace(chain: Path, tmp_path: Path) -> Path:
     """The data of `chain`, and nothing made from it."""
@@ -200,7 +206,7 @@ def test_again_is_already_done(chain_copy: Path, kdprune: Cli, digests: Callable
     manifest = (chain_copy / TEACHER / "manifest.json").read_bytes()
     before = digests(chain_copy)
     for more in ([], ["--jobs", "1"], ["--device", "cpu"]):  # these change no result
-        ran = kdprune(*LINE, *more, cwd=chain_copy)
+        ran = kdprune(*instead(LINE, more), cwd=chain_copy)
         assert ran.code == 0
         assert "already done" in ran.err
     assert (chain_copy / TEACHER / "manifest.json").read_bytes() == manifest
@@ -227,7 +233,7 @@ def test_other_settings_are_refused(
     chain_copy: Path, kdprune: Cli, digests: Callable[[Path], dict[str, str]], change: list[str], said: str
 ) -> None:
     before = digests(chain_copy)
-    ran = kdprune(*LINE, *change, cwd=chain_copy)
+    ran = kdprune(*instead(LINE, change), cwd=chain_copy)
     assert ran.code == 2
     assert "was made with other settings" in ran.err
     assert said in ran.err
@@ -235,7 +241,7 @@ def test_other_settings_are_refused(
 
 
 def test_overwrite_replaces(chain_copy: Path, kdprune: Cli) -> None:
-    ran = kdprune(*LINE, "--epochs", "1", "--overwrite", cwd=chain_copy)
+    ran = kdprune(*instead(LINE, ["--epochs", "1"]), "--overwrite", cwd=chain_copy)
     assert ran.code == 0, ran.err
     manifest = Manifest.load(chain_copy / TEACHER)
     assert manifest.counts["epochs"] == 1
@@ -278,7 +284,7 @@ def test_validation_data_of_other_classes_is_refused(workspace: Path, kdprune: C
     ],
 )
 def test_refusals(workspace: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:
-    ran = kdprune(*LINE, *change, cwd=workspace)
+    ran = kdprune(*instead(LINE, change), cwd=workspace)
     assert ran.code == code
     assert said in ran.err
     assert not (workspace / TEACHER / "manifest.json").exists()
@@ -494,7 +500,7 @@ def test_init_starts_from_given_weights(chain: Path, workspace: Path, kdprune: C
 )
 def test_weights_that_cannot_be_started_from(workspace: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:
     save_file(models.build(models.resolve("resnet8", classes=7, size=8), seed=0).state_dict(), workspace / "seven.safetensors")
-    ran = kdprune(*LINE, *change, cwd=workspace)
+    ran = kdprune(*instead(LINE, change), cwd=workspace)
     assert (ran.code, said in ran.err) == (code, True), ran.err
     assert not (workspace / "teachers").exists()
 
@@ -555,7 +561,7 @@ def test_the_average_is_saved_and_validated(workspace: Path, kdprune: Cli) -> No
     ],
 )
 def test_settings_out_of_range(workspace: Path, kdprune: Cli, change: list[str], said: str) -> None:
-    ran = kdprune(*LINE, *change, cwd=workspace)
+    ran = kdprune(*instead(LINE, change), cwd=workspace)
     assert (ran.code, said in ran.err) == (2, True), ran.err
     assert not (workspace / "teachers").exists()
 
@@ -623,11 +629,11 @@ def test_a_dry_run_touches_nothing(chain: Path, workspace: Path, kdprune: Cli, m
     if state != "new":
         assert kdprune(*LINE, "--name", "made", cwd=workspace).code == 0
     before = tree(workspace)
-    ran = kdprune(*LINE, *more, "--dry-run", "--json", cwd=workspace)
+    ran = kdprune(*instead(LINE, more), "--dry-run", "--json", cwd=workspace)
     assert tree(workspace) == before
     if state == "other":
         assert (ran.code, "was made with other settings" in ran.err) == (2, True)
-        ran = kdprune(*LINE, *more, "--dry-run", "--overwrite", "--json", cwd=workspace)
+        ran = kdprune(*instead(LINE, more), "--dry-run", "--overwrite", "--json", cwd=workspace)
         state = "replaced"
         assert tree(workspace) == before
     assert ran.code == 0, ran.err
@@ -636,7 +642,7 @@ def test_a_dry_run_touches_nothing(chain: Path, workspace: Path, kdprune: Cli, m
     if state == "finished":
         assert (found["seconds"], found["bytes"]) == (0, 0)
         return
-    made = kdprune(*LINE, *more, "--overwrite", cwd=workspace)
+    made = kdprune(*instead(LINE, more), "--overwrite", cwd=workspace)
     assert made.code == 0
     folder = workspace / json.loads(ran.out)["folder"]
     size = sum(f.bytes for f in Manifest.load(folder).files)
@@ -740,7 +746,7 @@ def test_weights_that_cannot_be_adopted(
     some_weights(chain, workspace / "given.pth")
     for name in ("text.pth", "text.safetensors"):
         (workspace / name).write_text("these are no weights")
-    ran = kdprune("teacher", "--model", "resnet8", "--weights", weights, *more, cwd=workspace)
+    ran = kdprune(*instead(["teacher", "--model", "resnet8", "--weights", weights], more), cwd=workspace)
     assert ran.code == code
     assert said in ran.err
     assert not list(workspace.glob("teachers/*/manifest.json"))

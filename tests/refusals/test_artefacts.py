@@ -47,6 +47,17 @@ def blank(path: str, byte: bytes = b"x") -> Prepare:
     return lambda w, _: (w / path).write_bytes(byte * (w / path).stat().st_size)
 
 
+def flipped(path: str) -> Prepare:
+    """With one bit in the middle turned round."""
+
+    def prepare(w: Path, _: Any) -> None:
+        data = bytearray((w / path).read_bytes())
+        data[len(data) // 2] ^= 1
+        (w / path).write_bytes(data)
+
+    return prepare
+
+
 def signed(folder: str, **change: Any) -> Prepare:
     return lambda w, real: real.sign(w / folder, **change)
 
@@ -185,7 +196,7 @@ REFUSED: list[tuple[str, Prepare, list[str], int, str]] = [
     ("no weights", gone(f"{TEACHER}/model.safetensors"), SCORE, 1, rf"{TEACHER}/model.safetensors is missing: .*{AGAIN}"),
     ("no rows", gone(f"{CACHE}/rows/shard-000000.parquet"), DISTILL, 1, rf"{CACHE}/rows/shard-000000.parquet is missing: .*{AGAIN}"),
     ("no views", gone(f"{CACHE}/views-0000-0002/shard-000000.arrow"), DISTILL, 1, rf"{CACHE}/views-0000-0002/.* is missing: .*{AGAIN}"),
-    ("blank weights", blank(f"{TEACHER}/model.safetensors"), SCORE, 1, rf"{TEACHER}/model.safetensors cannot be read"),
+    ("blank weights", blank(f"{TEACHER}/model.safetensors"), SCORE, 1, rf"{TEACHER}/model.safetensors was changed: .*again"),
     (
         "blank views",
         blank(f"{CACHE}/views-0000-0002/shard-000000.arrow"),
@@ -194,7 +205,10 @@ REFUSED: list[tuple[str, Prepare, list[str], int, str]] = [
         rf"{CACHE}/views-0000-0002/shard-000000.arrow .*again",
     ),
     ("blank rows", blank(f"{CACHE}/rows/shard-000000.parquet"), DISTILL, 1, rf"{CACHE}/rows/shard-000000.parquet cannot be read .*again"),
-    ("blank scores", blank(f"{SCORES}/part-000000.parquet"), RANKED, 1, rf"{SCORES}/part-000000.parquet cannot be read .*again"),
+    ("a flipped bit of scores", flipped(f"{SCORES}/part-000001.parquet"), RANKED, 1, rf"{SCORES}/part-000001.parquet was changed: .*again"),
+    ("a flipped bit of weights", flipped(f"{TEACHER}/model.safetensors"), SCORE, 1, rf"{TEACHER}/model.safetensors was changed: .*again"),
+    ("a flipped bit of a subset", flipped(f"{SUBSET}/selection.parquet"), DISTILL, 1, rf"{SUBSET}/selection.parquet was changed: .*again"),
+    ("blank scores", blank(f"{SCORES}/part-000000.parquet"), RANKED, 1, rf"{SCORES}/part-000000.parquet was changed: .*again"),
     *(
         (
             f"a weight that is {value}, {line[0]}",

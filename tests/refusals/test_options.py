@@ -10,6 +10,7 @@ import pytest
 
 SELECT = ["select", "--frac", "0.5"]
 TEACHER = ["teacher", "--model", "resnet8", "--steps", "1", "--name", "other"]
+OTHER, LONG = ["teacher", "--steps", "1", "--name", "other"], ["teacher", "--model", "resnet8", "--name", "other"]
 SUBSET, TEACHERS, CACHE = "subsets/random-0.5-s0", "teachers/resnet8-s0", "logits/random-0.5-s0--resnet8-s0"
 STUDENT = "students/random-0.5-s0--resnet8-a0.6204-s0"
 FRACTION = r"give the fraction to keep, above 0 and at most 1"
@@ -27,10 +28,10 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ([*SELECT, "--methd", "random"], 2, r"No such option '--methd'. .*--method.* \(see kdprune-data select --help\)"),
     ([*SELECT, "--balance", "klass"], 2, r"'klass' is not one of 'class', 'uniform', 'none'"),
     ([*SELECT, "--keep", "easy"], 2, r"--keep easy chooses an end of a score, and none ranks here: name one with --method or --column"),
-    ([*SELECT, "--keys", "ids.txt"], 2, r"say what to keep: either --frac FRACTION"),
+    ([*SELECT, "--keys", "ids.txt"], 2, r"--frac and --keys were both given: .*; give one"),
     *(
         ([*line, ""], 2, rf"{line[-1]} is empty: give a value, or leave it out")
-        for line in ([*SELECT, "--name"], [*SELECT, "--method"], ["select", "--frac"], [*TEACHER, "--model"])
+        for line in ([*SELECT, "--name"], [*SELECT, "--method"], ["select", "--frac"], [*OTHER, "--model"])
     ),
     ([*SELECT, "--name", "a/b"], 2, rf"--name 'a/b' {PLAIN}"),
     ([*SELECT, "--name", ".."], 2, rf"--name '..' {PLAIN}"),
@@ -44,13 +45,13 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ([*SELECT, "--seed", str(2**64)], 2, r"seed 18446744073709551616 is (out of range|too large).*(from 0|at most)"),
     ([*SELECT, "--seed", "x"], 2, r"'x' is not a valid integer. \(see kdprune-data select --help\)"),
     ([*SELECT, "--shard-samples", "0"], 2, r"--shard-samples 0 is too small: at least 1"),
-    ([*TEACHER, "--model", "resnt8"], 2, r"unknown model 'resnt8'; did you mean 'resnet8'\? known: "),
-    ([*TEACHER, "--model", "nowhere_at_all:net"], 2, r"'nowhere_at_all:net' failed: ModuleNotFoundError"),
+    ([*OTHER, "--model", "resnt8"], 2, r"unknown model 'resnt8'; did you mean 'resnet8'\? known: "),
+    ([*OTHER, "--model", "nowhere_at_all:net"], 2, r"'nowhere_at_all:net' failed: ModuleNotFoundError"),
     ([*TEACHER, "--lr", "nan"], 2, r"--lr nan is not a finite number: give one"),
     ([*TEACHER, "--lr", "inf"], 2, r"--lr inf is not a finite number: give one"),
     ([*TEACHER, "--lr", "-1"], 2, r"--lr -1.0 is too small: at least 0"),
     ([*TEACHER, "--batch", "0"], 2, r"--batch 0 is too small: at least 1"),
-    ([*TEACHER, "--steps", "0"], 2, r"--steps 0 is too small: at least 1"),
+    ([*LONG, "--steps", "0"], 2, r"--steps 0 is too small: at least 1"),
     ([*TEACHER, "--seed", str(2**31)], 2, r"--seed 2147483648 is too large: at most 2,147,483,647"),
     ([*TEACHER, "--size", "-8"], 2, r"--size -8 is too small: at least 1"),
     (["teacher", "--epochs", "0"], 2, r"--epochs 0 adopts a teacher: it goes with --weights FILE"),
@@ -63,7 +64,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ([*TEACHER, "--pad", "99999"], 2, r"--pad 99999 is too large for views of 8 pixels: at most 7"),
     ([*TEACHER, "--init", "nowhere"], 2, r"--init nowhere does not exist: give the folder of a model, or a file of weights"),
     ([*TEACHER, "--init", SUBSET], 2, rf"{SUBSET} is of kind subset: expected model; give another folder"),
-    ([*TEACHER, "--init", TEACHERS, "--model", "resnet14"], 1, r"does not fit this model: missing .*; check --model and --norm"),
+    ([*OTHER, "--init", TEACHERS, "--model", "resnet14"], 1, r"does not fit this model: missing .*; check --model and --norm"),
     ([*TEACHER, "--recipe", "smal"], 2, r"unknown recipe 'smal'; did you mean 'small'\? known: .*; a file of your own ends in .toml"),
     (["cache", "--views", "0"], 2, r"--views 0 is too small: at least 1"),
     (["cache", "--views", "99999"], 2, r"--views 99999 is too large: at most 10,000"),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import UsageError
-from kdprune_data.scores import FROM_EMBEDDING, Embedded
+from kdprune_data.scores import FROM_EMBEDDING, Embedded, embedding
 from kdprune_data.scores.clusters import Points, fit, means, nearest
 
 Row = list[float]
@@ -143,6 +143,44 @@ def test_prototype_is_the_distance_to_the_nearest_of_centroids_that_are_means(po
         assert centroids[k] == pytest.approx(plain_unit(mean) if angle else mean, rel=1e-9, abs=1e-9)
     found = compute("prototype", data, clusters=clusters, distance="cosine" if angle else "euclidean")
     assert found.tolist() == pytest.approx(plain_prototype(rows(data), centroids, angle=angle), rel=1e-7, abs=1e-9)
+
+
+def plain_lloyd(points: list[Row], centroids: list[Row], *, angle: bool) -> list[Row]:
+    """From given centroids, until no point changes its cluster; a cluster that is empty, or has no mean direction, stays where it is."""
+    points = [plain_unit(point) for point in points] if angle else points
+    before: list[int] = []
+    for _ in range(100):
+        member = [min(range(len(centroids)), key=lambda k, point=point: distance(point, centroids[k])) for point in points]
+        if member == before:
+            break
+        before = member
+        for k in range(len(centroids)):
+            own = [point for point, its in zip(points, member, strict=True) if its == k]
+            if own:
+                mean = [math.fsum(column) / len(own) for column in zip(*own, strict=True)]
+                centroids[k] = (plain_unit(mean) if length(mean) > 1e-12 else centroids[k]) if angle else mean
+    return centroids
+
+
+@pytest.mark.parametrize("angle", [True, False])
+@pytest.mark.parametrize("clusters", [1, 2, 4, 9])
+@pytest.mark.parametrize("fitted", [7, 20, 60, 50_000])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_prototype_is_that_of_lloyd(monkeypatch: pytest.MonkeyPatch, angle: bool, clusters: int, fitted: int, seed: int) -> None:
+    """From the first centroids on, of the samples that find them: the first ones by their hash; and then all are measured."""
+    data = made(60, 3, 4, seed)
+    monkeypatch.setattr(embedding, "FIT", fitted)
+    by_hash = np.argsort(order.order_hash(data.uids, 0, "clusters"))[:fitted]
+    points = Points(data.embedding, by_hash, cosine=angle, memory=0)
+    first = fit(points, data.uids[by_hash], clusters, seed=0, iterations=0, cosine=angle)
+    there = {tuple(point) for point in points[slice(None)].tolist()}
+    assert all(tuple(one) in there for one in first.tolist())
+    assert len(first) == min(clusters, fitted)
+    chosen = [rows(data)[n] for n in by_hash.tolist()]
+    centroids = plain_lloyd(chosen, first.tolist(), angle=angle)
+    expected = plain_prototype(rows(data), centroids, angle=angle)
+    found = compute("prototype", data, clusters=clusters, distance="cosine" if angle else "euclidean")
+    assert found.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9)
 
 
 # --- by hand

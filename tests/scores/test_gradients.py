@@ -86,6 +86,34 @@ def test_larger_networks(name: str) -> None:
     assert grand_full(net, images, labels).tolist() == pytest.approx(slow(net, images, labels), rel=1e-4)
 
 
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(6, affine=False),
+    "group": lambda: nn.GroupNorm(2, 6, affine=False),
+    "layer": lambda: nn.LayerNorm([6, 9, 9], elementwise_affine=False),
+    "layer without bias": lambda: nn.LayerNorm([6, 9, 9], bias=False),
+    "batch without bias": lambda: without_bias(nn.BatchNorm2d(6)),
+    "group without bias": lambda: without_bias(nn.GroupNorm(2, 6)),
+}
+
+
+def without_bias(layer: nn.Module) -> nn.Module:
+    layer.bias = None
+    return layer
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_layer_adds_only_the_parameters_it_has(monkeypatch: pytest.MonkeyPatch, kind: str, first: bool) -> None:
+    ways = taken(monkeypatch)
+    torch.manual_seed(5)
+    norm = NORMS[kind]()
+    layers = [nn.Conv2d(3, 6, 3), norm] if not first else [nn.InstanceNorm2d(3), nn.Conv2d(3, 6, 3), norm]
+    net = nn.Sequential(*layers, *tail(6)).eval()
+    images, labels = some(4, 11)
+    assert grand_full(net, images, labels).tolist() == pytest.approx(slow(net, images, labels), rel=1e-4)
+    assert ways == ["_by_layers"]
+
+
 def tail(channels: int) -> list[nn.Module]:
     return [nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5)]
 

@@ -178,6 +178,18 @@ def test_grand_is_the_gradient_of_the_last_layer(model: str) -> None:
         assert float(found[n]) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_grand_of_a_head_without_a_bias(bias: bool) -> None:
+    """Its gradient has no part of a bias that is not there."""
+    head = torch.nn.Linear(3, 4, bias=bias)
+    h, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)) / 3, torch.tensor([0, 1, 2, 3, 0])
+    with torch.no_grad():
+        found = FROM_OUTPUTS["grand"](Outputs(head(h), labels, h, bias))
+    for n in range(5):
+        own = torch.autograd.grad(F.cross_entropy(head(h[n : n + 1]), labels[n : n + 1]), list(head.parameters()))
+        assert float(found[n]) == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in own)), rel=1e-5)
+
+
 def test_grand_does_not_depend_on_the_size_of_the_batch() -> None:
     """As it does where it is the gradient of a mean over the batch, and the last batch is a short one."""
     out = outputs(LOGITS["ordinary"])

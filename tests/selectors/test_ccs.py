@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 from math import floor
 
 import numpy as np
@@ -29,11 +30,8 @@ def pool_of(sizes: list[int], seed: int, levels: int) -> Pool:
 
 def ref_ccs(pool: Pool, keep: int, params: CcsParams) -> list[int]:
     """The definition: cut by aum, then per group bins, budgets from the smallest bin up, and a draw in each bin by the hash."""
-    n = len(pool.uids)
     hashes = order.order_hash(pool.uids, params.seed, "select").tolist()
-    cut = params.cut if params.cut is not None else min(0.3, max(0.0, 0.375 - 0.75 * keep / n))
-    by_aum = sorted(range(n), key=lambda row: (pool.scores["aum"][row], hashes[row]))
-    left = sorted(by_aum[floor(cut * n + 0.5 + 1e-9) :])
+    left = ref_left(pool, keep, params)
     kept = []
     for members, budget in ref_groups(pool, left, keep, params):
         scores = [float(pool.scores[params.score][row]) for row in members]
@@ -51,13 +49,32 @@ def ref_ccs(pool: Pool, keep: int, params: CcsParams) -> list[int]:
     return sorted(kept)
 
 
+def ref_budgets(pool: Pool, rows: list[int], keep: int, balance: str) -> Counter[int]:
+    """How many of each class: seats by Sainte-Lague's quotients (2r + 1) / 2n, or by places r; of equal ones the lower class."""
+    sizes = Counter(pool.labels[rows].tolist())
+    quotas = [(Fraction(2 * r + 1, 2 * n) if balance == "class" else Fraction(r), label) for label, n in sizes.items() for r in range(n)]
+    return Counter(label for _, label in sorted(quotas)[:keep])
+
+
+def ref_left(pool: Pool, keep: int, params: CcsParams) -> list[int]:
+    """All but those of lowest aum: of each class in proportion; with balance `none` of all."""
+    n = len(pool.uids)
+    hashes = order.order_hash(pool.uids, params.seed, "select").tolist()
+    cut = params.cut if params.cut is not None else min(0.3, max(0.0, 0.375 - 0.75 * keep / n))
+    count = floor(cut * n + 0.5 + 1e-9)
+    by_aum = sorted(range(n), key=lambda row: (pool.scores["aum"][row], hashes[row]))
+    if params.balance == "none":
+        return sorted(by_aum[count:])
+    out = ref_budgets(pool, by_aum, count, "class")
+    gone = {row for label, few in out.items() for row in [row for row in by_aum if pool.labels[row] == label][:few]}
+    return sorted(set(range(n)) - gone)
+
+
 def ref_groups(pool: Pool, left: list[int], keep: int, params: Params) -> list[tuple[list[int], int]]:
-    """What is left, by class, each with what `random` would keep of it; or all at once."""
+    """What is left, by class, each with its share; or all at once."""
     if params.balance == "none":
         return [(left, keep)]
-    rest = Pool(pool.uids[left], pool.labels[left])
-    random = selectors.select("random", rest, keep, Params(seed=params.seed, balance=params.balance)).indices
-    budget = Counter(rest.labels[random].tolist())
+    budget = ref_budgets(pool, left, keep, params.balance)
     return [([row for row in left if pool.labels[row] == label], count) for label, count in budget.items()]
 
 

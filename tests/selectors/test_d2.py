@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 from math import floor, isqrt
 
 import numpy as np
@@ -49,11 +50,8 @@ def ref_near(points: list[list[int]], k: int) -> list[list[tuple[int, float]]]:
 def ref_d2(pool: Pool, keep: int, params: D2Params) -> list[int]:
     """The definition, per class: messages forward over the graph, then the largest phi again and again, which takes from its neighbours."""
     assert pool.embedding is not None
-    n = len(pool.uids)
     hashes = order.order_hash(pool.uids, params.seed, "select").tolist()
-    cut = params.cut if params.cut is not None else min(0.3, max(0.0, 0.375 - 0.75 * keep / n))
-    left = sorted(range(n), key=lambda row: (pool.scores["aum"][row], hashes[row]))[floor(cut * n + 0.5 + 1e-9) :]
-    left.sort(key=lambda row: hashes[row])
+    left = sorted(ref_left(pool, keep, params), key=lambda row: hashes[row])
     sign = 1 if pool.hard[params.score] == "high" else -1
     lowest = min(0.0, *(sign * float(pool.scores[params.score][row]) for row in left))
     kept = []
@@ -74,13 +72,32 @@ def ref_d2(pool: Pool, keep: int, params: D2Params) -> list[int]:
     return sorted(kept)
 
 
+def ref_budgets(pool: Pool, rows: list[int], keep: int, balance: str) -> Counter[int]:
+    """How many of each class: seats by Sainte-Lague's quotients (2r + 1) / 2n, or by places r; of equal ones the lower class."""
+    sizes = Counter(pool.labels[rows].tolist())
+    quotas = [(Fraction(2 * r + 1, 2 * n) if balance == "class" else Fraction(r), label) for label, n in sizes.items() for r in range(n)]
+    return Counter(label for _, label in sorted(quotas)[:keep])
+
+
+def ref_left(pool: Pool, keep: int, params: D2Params) -> list[int]:
+    """All but those of lowest aum: of each class in proportion; with balance `none` of all."""
+    n = len(pool.uids)
+    hashes = order.order_hash(pool.uids, params.seed, "select").tolist()
+    cut = params.cut if params.cut is not None else min(0.3, max(0.0, 0.375 - 0.75 * keep / n))
+    count = floor(cut * n + 0.5 + 1e-9)
+    by_aum = sorted(range(n), key=lambda row: (pool.scores["aum"][row], hashes[row]))
+    if params.balance == "none":
+        return sorted(by_aum[count:])
+    out = ref_budgets(pool, by_aum, count, "class")
+    gone = {row for label, few in out.items() for row in [row for row in by_aum if pool.labels[row] == label][:few]}
+    return sorted(set(range(n)) - gone)
+
+
 def ref_groups(pool: Pool, left: list[int], keep: int, params: Params) -> list[tuple[list[int], int]]:
-    """What is left, by class, each with what `random` would keep of it; or all at once."""
+    """What is left, by class, each with its share; or all at once."""
     if params.balance == "none":
         return [(left, keep)]
-    rest = Pool(pool.uids[left], pool.labels[left])
-    random = selectors.select("random", rest, keep, Params(seed=params.seed, balance=params.balance)).indices
-    budget = Counter(rest.labels[random].tolist())
+    budget = ref_budgets(pool, left, keep, params.balance)
     return [([row for row in left if pool.labels[row] == label], count) for label, count in budget.items()]
 
 

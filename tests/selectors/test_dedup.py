@@ -54,7 +54,7 @@ def test_exact_duplicates(seed: int) -> None:
     digests = rng.integers(0, 256, (n // 2 + 1, 32), dtype=np.uint8)[rng.integers(0, n // 2 + 1, n)]
     uids, labels = rng.permutation(10**6)[:n].astype(np.uint64), rng.integers(-1, 3, n).astype(np.int32)
     found = dedup.exact(uids, digests, labels, seed=seed)
-    assert (set(found.rows.tolist()), found.groups, found.conflicts) == exact_by_loops(uids, digests, labels, seed)
+    assert (set(found.rows.tolist()), found.groups, len(found.conflicts)) == exact_by_loops(uids, digests, labels, seed)
     assert (np.diff(found.rows) > 0).all()
 
 
@@ -92,6 +92,37 @@ def test_every_sample_that_is_left_out_has_a_near_one_that_stays_and_those_that_
     if clusters == 1:
         among = cosine[np.ix_(found.rows, found.rows)] - np.eye(len(found.rows))
         assert (among <= 0.95).all()
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 4, 6])
+def test_pairs_are_compared_within_a_cluster_alone(clusters: int) -> None:
+    """Six tight bundles, all of them near one another at this eps: one sample of each cluster stays, and clusters do not cut a bundle."""
+    rng = np.random.default_rng(0)
+    angles = np.repeat(np.arange(6) * 0.2, 10) + rng.uniform(-0.001, 0.001, 60)
+    embedding = np.stack([np.cos(angles), np.sin(angles)], 1)
+    found = dedup.near(np.arange(60, dtype=np.uint64), embedding, dedup.Near(0.99, clusters, 0, MEMORY))
+    assert len(found.rows) == found.groups == clusters
+    assert len(set((found.rows // 10).tolist())) == clusters
+
+
+def test_a_cosine_of_just_the_limit_is_not_near() -> None:
+    assert dedup.near(np.arange(3, dtype=np.uint64), np.eye(3), dedup.Near(1.0, 1, 0, MEMORY)).rows.tolist() == [0, 1, 2]
+
+
+def test_points_that_differ_in_their_last_bit_warn_of_nothing() -> None:
+    """Five directions in many lengths, and more clusters than k-means can then tell apart. (A warning is an error here.)"""
+    rng = np.random.default_rng(0)
+    points = (rng.normal(size=(5, 3))[rng.integers(0, 5, 40)] * rng.random((40, 1))).astype(np.float32)
+    assert 5 <= len(dedup.near(np.arange(40, dtype=np.uint64), points, dedup.Near(1e-6, 20, 0, MEMORY)).rows) < 20
+
+
+@pytest.mark.parametrize(("clusters", "n", "refused"), [(1, 1, False), (1, 0, False), (2, 3, True), (50, 100, False), (51, 100, True)])
+def test_too_many_clusters_are_refused(clusters: int, n: int, refused: bool) -> None:
+    if refused:
+        with pytest.raises(UsageError, match=rf"^--dedup-clusters {clusters} of {n} candidates .*: at most {n // 2}, by default 1$"):
+            dedup.check_clusters(clusters, n)
+    else:
+        dedup.check_clusters(clusters, n)
 
 
 def test_of_a_chain_not_all_but_one_go() -> None:

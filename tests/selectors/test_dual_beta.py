@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from math import inf, log
 
 import numpy as np
@@ -51,13 +52,20 @@ def ref_dual_beta(pool: Pool, keep: int, params: DualBetaParams) -> list[int]:
     return sorted(kept)
 
 
+def ref_budgets(pool: Pool, rows: list[int], keep: int, balance: str) -> Counter[int]:
+    """How many of each class: seats by Sainte-Lague's quotients (2r + 1) / 2n, or by places r; of equal ones the lower class."""
+    sizes = Counter(pool.labels[rows].tolist())
+    quotas = [(Fraction(2 * r + 1, 2 * n) if balance == "class" else Fraction(r), label) for label, n in sizes.items() for r in range(n)]
+    return Counter(label for _, label in sorted(quotas)[:keep])
+
+
 def ref_groups(pool: Pool, keep: int, params: Params) -> list[tuple[list[int], int]]:
-    """Each class with what `random` would keep of it; or all at once."""
+    """Each class with its share; or all at once."""
     rows = range(len(pool.uids))
     if params.balance == "none":
         return [(list(rows), keep)]
-    random = selectors.select("random", pool, keep, Params(seed=params.seed, balance=params.balance)).indices
-    return [([row for row in rows if pool.labels[row] == label], count) for label, count in Counter(pool.labels[random].tolist()).items()]
+    budget = ref_budgets(pool, list(rows), keep, params.balance)
+    return [([row for row in rows if pool.labels[row] == label], count) for label, count in budget.items()]
 
 
 @pytest.mark.parametrize("c_d", [0.5, 4.0, 30.0])

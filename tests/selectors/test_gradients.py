@@ -145,6 +145,16 @@ def test_stochastic_looks_at_the_smallest_hashes(epsilon: float, keep: int) -> N
     assert found.weights.sum() == 30
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5, 8, 16, 32, 1000])
+def test_weights_of_craig_are_the_size_of_the_class_in_any_parts(parts: int) -> None:
+    pool = pool_of(440)
+    pool = replace(pool, labels=np.repeat([0, 1], [400, 40]).astype(np.int32))
+    found = selectors.select("craig", pool, 44, GreedyParams(parts=parts))
+    assert found.weights is not None
+    assert [found.weights[pool.labels[found.indices] == label].sum() for label in (0, 1)] == [400, 40]
+    assert np.bincount(pool.labels[found.indices]).tolist() == [40, 4]
+
+
 def ref_match(pool: Pool, keep: int, *, ridge: float, batch: int) -> tuple[list[int], list[float]]:
     """Rows in the order of choice and their weights, all fits anew by least squares on (g_i, sqrt(lambda) e_i)."""
     g, tie = gradients(pool), hashes(pool)

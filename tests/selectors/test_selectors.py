@@ -14,6 +14,7 @@ from kdprune_data import order, selectors
 from kdprune_data.errors import KdpruneError, SourceError, UsageError
 from kdprune_data.selectors import Params, Pool
 from kdprune_data.selectors.base import BALANCES, ENDS
+from kdprune_data.selectors.quota import groups
 from kdprune_data.selectors.ranked import RankedParams
 
 SIZES = [[1], [7], [1, 1], [5, 5], [1, 2, 3, 4], [100, 1], [3, 3, 3, 3, 3], [2, 50, 9], [13, 0, 8], [1] * 20, [30, 30, 31]]
@@ -192,12 +193,35 @@ def test_scores_of_any_width(kind: type[np.floating]) -> None:
     assert np.array_equal(selectors.select("score", as_kind, 20, params).indices, selectors.select("score", pool, 20, params).indices)
 
 
+# --- parts
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 10, 1000])
+@pytest.mark.parametrize("balance", BALANCES)
+def test_parts_share_what_is_kept(balance: str, parts: int) -> None:
+    """Each part keeps some: sizes and shares differ by one at most, none keeps more than it has, and together they are the class."""
+    for sizes in ([40, 7, 1, 22], [11, 8], [300]):
+        pool = pool_of(sizes)
+        for keep in range(1, sum(sizes) + 1, 3):
+            whole, cut = (groups(pool, keep, Params(balance=balance), n) for n in (1, parts))
+            for group in whole:
+                of = [part for part in cut if set(part.rows.tolist()) <= set(group.rows.tolist())]
+                assert len(of) == min(parts, group.keep)
+                assert np.concatenate([part.rows for part in of]).tolist() == group.rows.tolist()
+                assert sum(part.keep for part in of) == group.keep
+                assert all(1 <= part.keep <= len(part.rows) for part in of)
+                for shares in ([part.keep for part in of], [len(part.rows) for part in of]):
+                    assert max(shares) - min(shares) <= 1
+
+
 # --- the hardest left out
 
 
 def ref_offset(pool: Pool, params: RankedParams, skipped: int) -> list[int]:
-    """All rows in the order in which they are kept: what is left without the hardest, as of any pool; then the hardest."""
-    hardest = ref_kept(pool, "score", replace(params, end="hard"))[:skipped]
+    """All rows in the order in which they are kept: what is left without the hardest, as of any pool; then the hardest. These are of each
+    class its proportion, unless there is no balance."""
+    balance = "none" if params.balance == "none" else "class"
+    hardest = ref_kept(pool, "score", replace(params, end="hard", balance=balance))[:skipped]
     left = sorted(set(range(len(pool.uids))) - set(hardest))
     rest = scored(pool.uids[left], pool.labels[left], pool.scores["s"][left], pool.hard["s"])
     return [left[row] for row in ref_kept(rest, "score", params)] + hardest
@@ -207,7 +231,7 @@ def ref_offset(pool: Pool, params: RankedParams, skipped: int) -> list[int]:
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("balance", BALANCES)
 def test_skip_hardest_is_the_references(balance: str, end: str, hard: str) -> None:
-    """Any share and any k that is left: floor(share * n + 1/2) are left out, of each class as many as `--keep hard` would keep."""
+    """Any share and any k that is left: floor(share * n + 1/2) are left out, of each class its proportion."""
     for sizes in SIZES:
         pool = replace(pool_of(sizes), hard={"s": hard})
         n = sum(sizes)
@@ -232,6 +256,18 @@ def test_skip_hardest_is_a_window_that_nests() -> None:
     assert middle.indices.tolist() == list(range(40, 50))
     easy = selectors.select("score", pool, 10, RankedParams(score="s", skip_hardest=0.1, end="easy"))
     assert easy.indices.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("balance", ["class", "uniform"])
+def test_skip_hardest_leaves_classes_their_proportions(balance: str) -> None:
+    """The small class is the hardest by far, and a third of each is left out."""
+    labels = np.repeat([0, 1, 2], [60, 30, 6]).astype(np.int32)
+    pool = scored(order.uids_of(str(n) for n in range(96)), labels, 100.0 * labels + np.arange(96))
+    params = RankedParams(score="s", balance=balance, skip_hardest=1 / 3)
+    found = selectors.select("score", pool, 64, params).indices
+    assert np.bincount(labels[found]).tolist() == [40, 20, 4]
+    few = selectors.select("score", pool, 12, params).indices
+    assert np.bincount(labels[few]).tolist() == ([7, 4, 1] if balance == "class" else [4, 4, 4])
 
 
 def test_skip_hardest_leaves_enough_or_is_refused() -> None:

@@ -57,6 +57,7 @@ def read(text: str) -> list[bool]:
         ("id in ('', 'b')", "0101"),
         ("  ( label==7 )\n", "1000"),
         ("label < label", "0000"),
+        ("label == 7 OR NOT label IN (7, 0) And el2n < 5", "1110"),
     ],
 )
 def test_expressions(text: str, holds: str) -> None:
