@@ -51,25 +51,7 @@ def command(name: str, config: type[Config], run: Callable[[Any], Outcome], epil
 
     notes = f"\b\n{notes}\n\n" if notes else ""
     examples = notes + "\b\nExamples:\n" + "\n".join(f"  {line}" for line in epilog.splitlines())
-    return _Command(name, params=params, callback=callback, help=first, epilog=examples)
-
-
-class _Command(click.Command):
-    """A command that refuses an option given twice, where only the last would count."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does. Raises UsageError where an option that takes one value was given several."""
-        if not ctx.resilient_parsing:
-            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-            for parameter in order:
-                takes_one = isinstance(parameter, click.Option) and not (parameter.multiple or parameter.is_flag)
-                if takes_one and order.count(parameter) > 1:
-                    raise UsageError(f"{parameter.opts[0]} was given {_times(order.count(parameter))}: give it once")
-        return super().parse_args(ctx, args)
-
-
-def _times(n: int) -> str:
-    return "twice" if n == 2 else f"{n} times"
+    return click.Command(name, params=params, callback=callback, help=first, epilog=examples)
 
 
 def _first_paragraph(run: Callable[[Any], Outcome]) -> str:

@@ -410,20 +410,6 @@ def test_call_returns_and_does_not_exit(tmp_path: Path, monkeypatch: pytest.Monk
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("select --frac 0.5 --frac 0.5", "--frac was given twice: give it once"),
-        ("select --frac=0.5 --scores a --scores b --scores=c", "--scores was given 3 times: give it once"),
-        ("score -j 2 --jobs 3", "--jobs was given twice: give it once"),
-        ("teacher --scale 0.1 1 --scale 0.2 1", "--scale was given twice: give it once"),
-        ("select --balance none --balance class --frac 1", "--balance was given twice: give it once"),
-    ],
-)
-def test_an_option_that_takes_one_value_is_given_once(chain: Path, kdprune: Cli, line: str, said: str) -> None:
-    assert refused(kdprune, chain, line.split()) == said
-
-
 def test_lists_and_flags_may_be_given_again(chain: Path, kdprune: Cli) -> None:
     line = "select --frac 0.5 --method ccs --set bins=9 --set cut=0 --set score=el2n --dry-run --dry-run -v -v --json --json"
     assert kdprune(*line.split(), cwd=chain).code == 0
