@@ -12,6 +12,7 @@ size keeps all its digits.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,7 +217,10 @@ def _by_vmap(one: _Network, images: Tensor, labels: Tensor) -> Tensor:
         unit, length = _start(logits, label[None])
         return (unit * logits).sum(), length[0]
 
-    found, length = vmap(grad(start, has_aux=True), in_dims=(None, 0, 0))(one.parameters, images, labels)
+    with warnings.catch_warnings():
+        # torch's own note on operations that it takes one sample at a time: nothing that the caller could change.
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented", UserWarning)
+        found, length = vmap(grad(start, has_aux=True), in_dims=(None, 0, 0))(one.parameters, images, labels)
     whole: Tensor = length * _together([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in found.values()])
     return whole
 
