@@ -19,7 +19,7 @@ from kdprune_data.errors import UsageError, unknown
 from kdprune_data.formats.scores import KINDS_OF_VECTORS, SCORES
 from kdprune_data.selectors import SELECTORS, Cost, Method, Params, Pool, Size
 from kdprune_data.selectors.base import SHARED
-from kdprune_data.selectors.points import smallest_parts
+from kdprune_data.selectors.points import fits
 from kdprune_data.selectors.quota import groups
 from kdprune_data.selectors.ranked import RankedParams
 
@@ -95,23 +95,12 @@ class Choice:
         return next((name for name in self.needs if name not in KINDS_OF_VECTORS), None)
 
     def cost(self, pool: Pool, keep: int, widths: tuple[int, int]) -> Cost:
-        """What choosing takes at most, nothing where it is a sort. Raises UsageError where that is more than `--memory`."""
+        """What choosing takes at most, nothing where it is a sort. Raises UsageError as `points.fits` does."""
         if self.method.cost is None:
             return Cost(0, 0)
         of = groups(pool, keep, self.params)
         size = Size(np.array([len(g.rows) for g in of], np.int64), np.array([g.keep for g in of], np.int64), *widths)
-        cost, limit = self.method.cost(size, self.params), self.params.memory
-        if cost.bytes > limit:
-            raise UsageError(
-                f"{self.name} takes {int(cost.bytes):,} bytes of its own here, --memory is {limit:,}: give --memory {int(cost.bytes)}"
-                f"{self._in_parts(size)}"
-            )
-        return cost
-
-    def _in_parts(self, size: Size) -> str:
-        """The other way out, for a method that can select from parts of each class: the smallest number of them that fits."""
-        parts = None if self.method.cost is None else smallest_parts(size, self.params, self.method.cost)
-        return "" if parts is None else f", or --set parts={parts}, which approximates"
+        return fits(self.name, size, self.params, self.method.cost)
 
 
 def choose(name: str, given: Sequence[str], *, seed: int, balance: str, memory: int | None) -> Choice:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdprune_data.config import option
 from kdprune_data.selectors.base import EMBEDDING, Cost, Method, Params, Picked, Pool, Size
 from kdprune_data.selectors.cutoff import CUT_HELP, needs, without_lowest
-from kdprune_data.selectors.inputs import embedding_as_stored, score_of
+from kdprune_data.selectors.inputs import embedding_of, score_of
 from kdprune_data.selectors.neighbours import nearest, on_grid, peak_bytes
 from kdprune_data.selectors.quota import groups
 
@@ -40,7 +40,7 @@ def select(pool: Pool, keep: int, params: D2Params) -> Picked:
     number is not finite.
     """
     score_of(pool, params.score)
-    embedding_as_stored(pool)
+    embedding_of(pool)
     return without_lowest(pool, keep, params, params.cut, lambda rest: _by_graphs(rest, keep, params))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdprune_data.config import option
 from kdprune_data.errors import SourceError, UsageError
 from kdprune_data.selectors.base import Cost, Picked, Pool, Size
-from kdprune_data.selectors.inputs import embedding_as_stored, logits_as_stored
+from kdprune_data.selectors.inputs import embedding_of, logits_of
 from kdprune_data.selectors.points import (
     ANYWAY,
     PER_CANDIDATE,
@@ -102,8 +102,8 @@ def _errors(logits: NDArray[np.float64], labels: NDArray[np.int32]) -> NDArray[n
 
 def checked(pool: Pool, name: str) -> None:
     """Raise UsageError without an embedding, logits or labels, SourceError where a number is not finite or a label has no logit."""
-    embedding_as_stored(pool)
-    classes = logits_as_stored(pool).shape[1]
+    embedding_of(pool)
+    classes = logits_of(pool).shape[1]
     unlabelled = int((pool.labels < 0).sum())
     if unlabelled:
         raise UsageError(f"{name} needs labels and {unlabelled:,} samples have none: take another method, or label them")

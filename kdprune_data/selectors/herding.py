@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdprune_data.selectors.base import Cost, Method, Picked, Pool, Size
-from kdprune_data.selectors.inputs import embedding_as_stored
+from kdprune_data.selectors.inputs import embedding_of
 from kdprune_data.selectors.points import PartsParams, Points, fits, linear_cost, select_groups, size_of
 
 
@@ -20,7 +20,7 @@ def select(pool: Pool, keep: int, params: PartsParams) -> Picked:
 
     Raises UsageError without an embedding, or when it needs more memory than it is given; SourceError when a number is not finite.
     """
-    values = embedding_as_stored(pool)
+    values = embedding_of(pool)
     fits("herding", size_of(pool, keep, params), params, cost)
     n = len(values)
     return select_groups(pool, keep, params, lambda group: (_herd(Points(values, group.rows, params.memory, n), group.keep), None))

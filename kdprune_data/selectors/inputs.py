@@ -16,34 +16,21 @@ def score_of(pool: Pool, name: str) -> NDArray[np.floating]:
     return _finite(pool, np.asarray(pool.scores[name]), name)
 
 
-def embedding_of(pool: Pool) -> NDArray[np.float64]:
-    """The embedding of every candidate, float64 of shape (n, d). Raises as `score_of` does."""
-    if pool.embedding is None:
-        raise UsageError("this method needs the embedding: run `kdprune-data score --embedding`")
-    return _finite(pool, np.asarray(pool.embedding, np.float64), "embedding").astype(np.float64, copy=False)
-
-
-def embedding_as_stored(pool: Pool) -> NDArray[np.floating]:
-    """The embedding of every candidate as it is, of shape (n, d), for methods that turn it into float64 piece by piece. Raises as
+def embedding_of(pool: Pool) -> NDArray[np.floating]:
+    """The embedding of every candidate, of shape (n, d), as it is stored: a method turns it into float64 piece by piece. Raises as
     `score_of` does."""
-    if pool.embedding is None:
-        raise UsageError("this method needs the embedding: run `kdprune-data score --embedding`")
-    return _finite(pool, np.asarray(pool.embedding), "embedding")
+    return _vectors(pool, pool.embedding, "embedding")
 
 
-def logits_of(pool: Pool) -> NDArray[np.float64]:
-    """The logits of every candidate, float64 of shape (n, c). Raises as `score_of` does."""
-    if pool.logits is None:
-        raise UsageError("this method needs the logits: run `kdprune-data score --logits`")
-    return _finite(pool, np.asarray(pool.logits, np.float64), "logits").astype(np.float64, copy=False)
+def logits_of(pool: Pool) -> NDArray[np.floating]:
+    """The logits of every candidate, of shape (n, c), likewise."""
+    return _vectors(pool, pool.logits, "logits")
 
 
-def logits_as_stored(pool: Pool) -> NDArray[np.floating]:
-    """The logits of every candidate as they are, of shape (n, c), for methods that turn them into float64 piece by piece. Raises as
-    `score_of` does."""
-    if pool.logits is None:
-        raise UsageError("this method needs the logits: run `kdprune-data score --logits`")
-    return _finite(pool, np.asarray(pool.logits), "logits")
+def _vectors(pool: Pool, values: NDArray[np.floating] | None, name: str) -> NDArray[np.floating]:
+    if values is None:
+        raise UsageError(f"this method needs the {name}: run `kdprune-data score --{name}`")
+    return _finite(pool, np.asarray(values), name)
 
 
 def _finite(pool: Pool, values: NDArray[np.floating], name: str) -> NDArray[np.floating]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdprune_data import order
 from kdprune_data.errors import UsageError
 from kdprune_data.selectors.base import EMBEDDING, Cost, Method, Params, Picked, Pool, Size
-from kdprune_data.selectors.inputs import embedding_as_stored
+from kdprune_data.selectors.inputs import embedding_of
 from kdprune_data.selectors.quota import check, take
 from kdprune_data.selectors.ranked import middle_first
 
@@ -41,7 +41,7 @@ def select(pool: Pool, keep: int, params: Params) -> Picked:
 def class_distances(pool: Pool, memory: int) -> NDArray[np.float64]:
     """The Euclidean distance of each embedding to the median vector of its class: float64 of shape (n,). In blocks, so that they take at
     most `memory` bytes, but at least a column of a class. No value depends on the order of the pool, or on the blocks."""
-    vectors = embedding_as_stored(pool)
+    vectors = embedding_of(pool)
     by_class = np.argsort(pool.labels, kind="stable")
     starts = np.flatnonzero(np.diff(pool.labels[by_class])) + 1
     distances = np.empty(len(vectors), np.float64)

@@ -165,14 +165,14 @@ def smallest_parts(size: Size, params: Params, cost: Callable[[Size, Any], Cost]
     return high if high <= most else None
 
 
-def fits(name: str, size: Size, params: PartsParams, cost: Callable[[Size, Any], Cost]) -> None:
-    """Raise UsageError where a method needs more than the memory given, and say how many parts would fit."""
-    need = int(cost(size, params).bytes)
+def fits(name: str, size: Size, params: Params, cost: Callable[[Size, Any], Cost]) -> Cost:
+    """The cost of a method. Raises UsageError where it needs more than the memory given, and says how many parts would fit."""
+    found = cost(size, params)
+    need = int(found.bytes)
     if need <= params.memory:
-        return
-    enough = smallest_parts(size, params, cost)
+        return found
+    enough, group = smallest_parts(size, params, cost), largest(size, params.own().get("parts", 1))[0]
     parts = "give " if enough is None else f"give --set parts={enough}, or "
     raise UsageError(
-        f"{name} needs {need:,} bytes for groups of up to {largest(size, params.parts)[0]:,} samples, and --memory is {params.memory:,}: "
-        f"{parts}--memory {need}"
+        f"{name} needs {need:,} bytes for groups of up to {group:,} samples, and --memory is {params.memory:,}: {parts}--memory {need}"
     )
