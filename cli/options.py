@@ -71,12 +71,12 @@ def _parameter(field: dataclasses.Field[Any], kind: tuple[type, bool, bool]) -> 
     complete = _paths(field.name) if plain is Path or field.name in OR_WORDS else _methods if field.name == "method" else None
     if about["argument"]:
         return click.Argument([field.name], type=value, required=required, nargs=-1 if many else 1, shell_complete=complete)
-    flag = "--" + field.name.replace("_", "-")
+    flag = Config.shown(field.name)
     names = [flag, field.name] + ([f"-{about['short']}"] if about["short"] else [])
     if plain is bool:
         return click.Option(names, is_flag=True, default=None, help=about["help"])
     shown = "" if field.default in (None, (), dataclasses.MISSING) else f"  [default: {field.default}]"
-    metavar = None if about["choices"] else field.name.upper() if plain in (str, Path) else "N"
+    metavar = None if about["choices"] else field.name.rstrip("_").upper() if plain in (str, Path) else "N"
     metavar = METAVARS.get(field.name, metavar)
     if about["values"]:
         at_once = len(about["values"].split())

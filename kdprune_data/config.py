@@ -43,7 +43,7 @@ def option(
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all settings; subclasses are frozen dataclasses made of `option` fields."""
+    """Base of all settings; subclasses are frozen dataclasses made of `option` fields. A field `from_` is the option `from`."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -52,7 +52,7 @@ class Config:
     @staticmethod
     def shown(name: str) -> str:
         """How messages spell an option."""
-        return f"--{name.replace('_', '-')}"
+        return f"--{name.rstrip('_').replace('_', '-')}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -66,6 +66,7 @@ class Config:
     def checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Some settings from plain values, each checked by itself: for files that give a part of them. Raises as `from_dict` does."""
         types_of, fields = field_types(cls), {field.name: field for field in dataclasses.fields(cls)}
+        values = {key if key in types_of or f"{key}_" not in types_of else f"{key}_": value for key, value in values.items()}
         for key in values:
             if key not in types_of:
                 raise unknown("option", key, types_of)

@@ -2,49 +2,56 @@
 
 1. The views' boxes are drawn from (seed, id, view) for the data set's policy, at the teacher's input size.
 2. Each sample is decoded once for all new views of a range; every view is rendered and shown to the teacher, in batches that do not cross
-   a shard.
-3. Per shard: the rows once, and one file of geometry and logits for each range of views.
+   a shard. `--ensemble` asks several teachers; `--from FILE` takes somebody else's logits in their place.
+3. Per shard: the rows once, and one file of geometry and logits for each range of views; plain, or with `--fidelity` coded.
 
 Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds files and leaves those that stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, product
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from kdprune_pipelines import _recipes, _workspace
+from kdprune_pipelines import _asking, _given, _recipes, _storing, _workspace
+from kdprune_pipelines._asking import Source
 from kdprune_pipelines._console import Outcome, bar, count, megabytes, say
 from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
 from kdprune_pipelines._models import Saved, open_model
+from kdprune_pipelines._storing import Fidelity, Part, PlainStore, Store
 from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.config import Config, option
-from kdprune_data.errors import SourceError, some
-from kdprune_data.formats import logits as cached
+from kdprune_data.errors import KdpruneError, UsageError
+from kdprune_data.formats import logit_files as files
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.indexing import digests_of
-from kdprune_data.formats.logits import DTYPES, LogitCache, ViewRows
-from kdprune_data.formats.manifest import PARTIAL, Manifest
+from kdprune_data.formats.logit_files import CODEBOOK, CODED, DTYPES
+from kdprune_data.formats.logits import LogitCache
+from kdprune_data.formats.manifest import PARTIAL
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from kdprune_data.learn.policy import Policy
 
-    from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Geometry, Pixels, Policy
+MOST_VIEWS = 10_000
 
-TEMPERATURES = (1.0, 2.0, 4.0)
-DECODED_AT_ONCE = 32
-RENDERED_BYTES = 64_000_000
-"""Views that wait to be shown to the teacher take about this much memory, however many there are."""
+
+def _check_views(text: str) -> None:
+    """Raise UsageError unless `--views` is a number, or a word."""
+    if text in ("all", "identity"):
+        return
+    try:
+        views = int(text)
+    except ValueError:
+        raise UsageError(f"--views {text!r} is no number of views: give one, or all, or identity") from None
+    if not 1 <= views <= MOST_VIEWS:
+        raise UsageError(f"--views {views} is too {'small: at least 1' if views < 1 else f'large: at most {MOST_VIEWS:,}'}")
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,21 @@ class CacheConfig(Config):
     recipe: str | None = option(None, help="Take the options not given here from this recipe: a packaged one's name, or a TOML file.")
     subset: Path | None = option(None, help="The subset or data set to cache for; default the only one in subsets/.", argument=True)
     teacher: Path | None = option(None, help="The teacher's folder; default the only one in teachers/.")
-    views: int = option(8, help="How many views of each sample; more than are there adds the missing.", least=1, most=10_000)
-    dtype: str = option("float16", help="How logits are stored.", choices=tuple(DTYPES))
+    ensemble: tuple[Path, ...] = option((), help="Another teacher (several times): of all the mean probabilities are stored.")
+    from_: Path | None = option(None, help="Logits from elsewhere, in place of a teacher: a Parquet file with the columns id and logits.")
+    views: str = option(
+        "8",
+        help="How many views of each sample; more adds those missing. all: every distinct padded crop; identity: the image itself.",
+        check=_check_views,
+    )
+    dtype: str = option("float16", help="How logits are stored without --fidelity.", choices=tuple(DTYPES))
+    fidelity: float | None = option(
+        None, help="Store coded: as coarsely as keeps the mean KL(full || stored) within this (1e-2).", least=1e-7, most=1
+    )
+    temperature: tuple[float, ...] = option(
+        (), help="A temperature to hold at (several times); default 1, 2 and 4; of an ensemble the only one.", least=0.01, most=1000
+    )
+    size: int | None = option(None, help="With --from: side of the views in pixels; default the images' own up to 64, else 224.", least=1)
     flip: str = option("auto", help="Mirror views left to right; auto: not for digits.", choices=("auto", "on", "off"))
     pad: int | None = option(None, help="Pixels by which crops that are not resized may reach outside; default size/8.", least=0)
     scale: tuple[float, ...] = option((), help="Share of the area that a resized crop takes; default 0.25 1.", values="LOW HIGH")
@@ -72,45 +92,115 @@ class CacheConfig(Config):
 
 
 @dataclass(frozen=True)
-class Caching:
-    """The teacher at work on one data set."""
+class Plan:
+    """What is to be cached: how many views in all, of which policy, stored how; `settings` and `inputs` as they stand in the manifest;
+    `source`: makes whoever says the logits, which loads the teachers."""
 
-    config: CacheConfig
-    saved: Saved
-    images: Images
-    net: nn.Module
-    policy: Policy
-    device: torch.device
+    data: Dataset
+    views: int
+    fidelity: Fidelity | None
+    dtype: str
+    settings: Mapping[str, Any]
+    inputs: list[Mapping[str, Any]]
+    named: str
+    source: Callable[[], Source]
+
+    @property
+    def view_bytes(self) -> float:
+        """What a view of a sample takes plain: its logits, its box and its flip."""
+        side = 1 if "pad" in self.settings["policy"] else 2  # bytes of a box's four numbers: they reach as far as the images do
+        return len(self.data.classes) * np.dtype(DTYPES[self.dtype]).itemsize + 4 * side + 1 / 8
 
 
 def run(config: CacheConfig) -> Outcome:
     """Fill a logit cache. Raises UsageError, MismatchError, SourceError and ExistsError."""
     config = _recipes.applied("cache", config)
     data = Dataset.open(_workspace.one(config.subset, _workspace.SUBSETS, "SUBSET"))
-    saved = open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher"))
-    from kdprune_data.learn import views  # which imports torch: after what a mistyped folder is told
-
-    data.same_classes(saved.manifest.classes, str(saved.folder))
-    size = saved.architecture.size
-    crops = views.Crops.of(config.pad, config.scale, config.ratio)
-    policy = views.policy_for(data.sizes[data.usable()], data.classes, size=size, flip=config.flip, seed=config.seed, crops=crops)
-    folder, name = _workspace.place(config.out, config.name, _workspace.LOGITS, f"{data.manifest.name}--{saved.manifest.name}")
-    settings = {"dtype": config.dtype, "policy": policy.to_dict(), "precision": "float32", "batch": config.batch}
-    identity = Identity("logits", name, settings, [data.manifest.as_input("data"), saved.manifest.as_input("teacher")])
+    plan = _plan_given(config, data) if config.from_ is not None else _plan_taught(config, data)
+    folder, name = _workspace.place(config.out, config.name, _workspace.LOGITS, f"{data.manifest.name}--{plan.named}")
+    identity = Identity("logits", name, plan.settings, plan.inputs)
     if config.dry_run:
-        state = look(folder, identity, overwrite=config.overwrite)
-        return _estimate(_caching(config, saved, data, policy), folder, state)
-    if not config.overwrite and (there := _settled_views(folder, identity)) >= config.views:
+        return _estimate(plan, folder, look(folder, identity, overwrite=config.overwrite))
+    if not config.overwrite and (there := _settled_views(folder, identity)) >= plan.views:
         say(f"already done: {count(there, 'view')} there")
-        return _outcome(folder, Manifest.load(folder))
+        return _outcome(folder)
     with Build.begin(folder, identity, overwrite=config.overwrite, append=True) as build:
         there = LogitCache.open(folder).views if (folder / "manifest.json").is_file() else 0
-        if config.views <= there:
+        if plan.views <= there:
             build.abandon()
             say(f"already done: {count(there, 'view')} there")
         else:
-            _fill(_caching(config, saved, data, policy), build, there)
-    return _outcome(folder, Manifest.load(folder))
+            _fill(plan, build, there)
+    return _outcome(folder)
+
+
+# --- what is to be done
+
+
+def _plan_taught(config: CacheConfig, data: Dataset) -> Plan:
+    """With a teacher, or an ensemble."""
+    saved = [open_model(_workspace.one(config.teacher, _workspace.TEACHERS, "--teacher")), *map(open_model, config.ensemble)]
+    if config.size is not None:
+        raise UsageError(f"--size {config.size} goes with --from: views have the size of the teacher's input")
+    from kdprune_data.learn import views  # which imports torch: after what a mistyped folder is told
+
+    _asking.check_alike(saved, data)
+    crops = views.Crops.of(config.pad, config.scale, config.ratio)
+    size = saved[0].architecture.size
+    policy = views.policy_for(data.sizes[data.usable()], data.classes, size=size, flip=config.flip, seed=config.seed, crops=crops)
+    policy = {"all": views.every_crop, "identity": views.identity}.get(config.views, lambda one: one)(policy)
+    settings: dict[str, Any] = {"dtype": config.dtype, "policy": policy.to_dict(), "precision": "float32", "batch": config.batch}
+    if len(saved) > 1:
+        settings["ensemble"] = {"temperature": _only_temperature(config)}
+    named = "+".join(one.manifest.name for one in saved)
+    inputs = [data.manifest.as_input("data"), *(one.manifest.as_input("teacher") for one in saved)]
+
+    def source() -> Source:
+        return _teachers(config, saved, data, policy)
+
+    return _stored(config, Plan(data, policy.views or int(config.views), None, config.dtype, settings, inputs, named, source))
+
+
+def _teachers(config: CacheConfig, saved: list[Saved], data: Dataset, policy: Policy) -> Source:
+    from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.stream import Images
+
+    nets, device = [one.load(code=config.code) for one in saved], choose_device(config.device)
+    temperature = _only_temperature(config) if len(saved) > 1 else None
+    return _asking.Teachers(Images(data), policy, saved, nets, device, temperature, config.batch, config.jobs)
+
+
+def _only_temperature(config: CacheConfig) -> float:
+    if len(config.temperature) != 1:
+        raise UsageError("the mean of several teachers' probabilities holds at one temperature: give --temperature once, the training's")
+    return config.temperature[0]
+
+
+def _plan_given(config: CacheConfig, data: Dataset) -> Plan:
+    """With logits from elsewhere."""
+    for flag, given in (("--teacher", config.teacher), ("--ensemble", config.ensemble), ("--code", config.code)):
+        if given:
+            raise UsageError(f"--from takes logits from elsewhere and {flag} asks a teacher: give one of the two")
+    for flag, given in (("--pad", config.pad), ("--scale", config.scale), ("--ratio", config.ratio)):
+        if given:
+            raise UsageError(f"{flag} draws views, and those of --from are what its file says: leave it out")
+    assert config.from_ is not None
+    given_ = _given.read(config.from_, data, config.size)
+    source = {"name": config.from_.name, "sha256": given_.sha256}
+    settings = {"dtype": config.dtype, "policy": given_.policy.to_dict(), "source": source}
+    plan = Plan(data, given_.views, None, config.dtype, settings, [data.manifest.as_input("data")], config.from_.stem, lambda: given_)
+    return _stored(config, plan)
+
+
+def _stored(config: CacheConfig, plan: Plan) -> Plan:
+    """With the way to store that is asked for."""
+    if config.fidelity is None:
+        if config.temperature and "ensemble" not in plan.settings:
+            raise UsageError("--temperature says where --fidelity, or an ensemble, holds: what is stored plain holds at any; leave it out")
+        return plan
+    asked = tuple(sorted(set(config.temperature))) or _storing.TEMPERATURES
+    coded = {"dtype": CODED, "fidelity": config.fidelity, "temperatures": list(asked)}
+    return replace(plan, fidelity=Fidelity(config.fidelity, asked), settings={**plan.settings, **coded})
 
 
 def _settled_views(folder: Path, identity: Identity) -> int:
@@ -119,180 +209,148 @@ def _settled_views(folder: Path, identity: Identity) -> int:
     return LogitCache.open(folder).views if finished else 0
 
 
-def _caching(config: CacheConfig, saved: Saved, data: Dataset, policy: Policy) -> Caching:
-    from kdprune_data.learn.inference import choose_device
-    from kdprune_data.learn.stream import Images
-
-    return Caching(config, saved, Images(data), saved.load(code=config.code), policy, choose_device(config.device))
+# --- doing it
 
 
-def _fill(caching: Caching, build: Build, there: int) -> None:
+def _fill(plan: Plan, build: Build, there: int) -> None:
     """Add the views from `there` on, shard by shard, and seal."""
-    data, config = caching.images.data, caching.config
+    data, source = plan.data, plan.source()
     shards = np.unique(data.shards[data.usable()]).tolist()
     largest = max(len(data.rows_of(s)) for s in shards)
-    classes = len(data.classes)
-    spans = cached.ranges(there, config.views - 1, largest * (classes * np.dtype(DTYPES[config.dtype]).itemsize + 9))
-    new = config.views - there
-    size = megabytes(int(len(data.usable()) * new * _view_bytes(caching)))
-    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')} on {caching.device}: about {size}")
+    classes, new = len(data.classes), plan.views - there
+    # What a range takes in memory before it is written, coded too, bounds its file.
+    raw = 4 if plan.fidelity else np.dtype(DTYPES[plan.dtype]).itemsize
+    spans = files.ranges(there, plan.views - 1, largest * (classes * raw + 9))
+    store, size = _store(plan, source, build, there, spans)
+    asked = getattr(source, "device", None)
+    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}: about {megabytes(size)}")
     covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
-    wanted = [cached.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
-    build.keep_only([*wanted, *(cached.rows_path(shard) for shard in shards)])
-    todo = [(span, shard) for span in spans for shard in shards if not _stands(build, span, shard)]
+    wanted = [files.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
+    once = [path(shard) for path in _once(plan) for shard in shards]
+    build.keep_only([*wanted, *once, *([CODEBOOK] if plan.fidelity else [])])
+    todo = [(span, shard) for span in spans for shard in shards if not _stands(plan, build, span, shard)]
     left = sum(len(data.rows_of(shard)) * (last - first + 1) for (first, last), shard in todo)
     with bar("cache", total=len(data.usable()) * new, unit="view", initial=len(data.usable()) * new - left) as progress:
         for span, shard in todo:
-            _fill_shard(caching, build, shard, span, progress.update)
-    counts = {"samples": len(data.usable()), "views": config.views, "classes": classes}
+            _fill_shard(source, store, build, shard, span, progress.update)
+    counts = {"samples": len(data.usable()), "views": plan.views, "classes": classes}
     build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
 
 
-def _stands(build: Build, span: tuple[int, int], shard: int) -> bool:
+def _store(plan: Plan, source: Source, build: Build, there: int, spans: list[tuple[int, int]]) -> tuple[Store, int]:
+    """How it is stored, and about how many bytes the new views take."""
+    samples, new = len(plan.data.usable()), plan.views - there
+    if plan.fidelity is None:
+        return PlainStore(plan.dtype), int(samples * new * plan.view_bytes)
+    first = LogitCache.open(build.folder).parts[0] if there else (*spans[0], 0)
+    store, code = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
+    if code is not None:
+        return store, int(samples * (new * (code.view_bytes + _geometry_bytes(plan)) + code.base_bytes))
+    standing = [f for f in build.files() if f.path.startswith("views-")]
+    done = sum(len(plan.data.rows_of(files.shard_of(f.path))) * len(files.views_of(f.path)) for f in standing)
+    return store, int(samples * new * sum(f.bytes for f in standing) / max(done, 1))
+
+
+def _geometry_bytes(plan: Plan) -> float:
+    """About what a view's box takes packed: of a padded crop two of few numbers and a bit, else four."""
+    policy = plan.settings["policy"]
+    return (2 * np.log2(2 * policy["pad"] + 1) + 1) / 8 if "pad" in policy else 4.0
+
+
+def _once(plan: Plan) -> list[Callable[[int], str]]:
+    """The files that a shard has one of."""
+    return [files.rows_path, *([files.base_path] if plan.fidelity else [])]
+
+
+def _stands(plan: Plan, build: Build, span: tuple[int, int], shard: int) -> bool:
     """Whether a range of views of a shard was finished by an earlier run."""
-    return build.finished(cached.view_path(*span, shard)) is not None and build.finished(cached.rows_path(shard)) is not None
+    return all(build.finished(path) is not None for path in (files.view_path(*span, shard), *(path(shard) for path in _once(plan))))
 
 
-def _fill_shard(caching: Caching, build: Build, shard: int, span: tuple[int, int], tick: Callable[[int], None]) -> None:
+def _fill_shard(source: Source, store: Store, build: Build, shard: int, span: tuple[int, int], tick: Callable[[int], None]) -> None:
     """One range of views of one shard: its view file, and the rows with the first range, whose counts they hold."""
-    data = caching.images.data
+    data = source.data
     rows = data.rows_of(shard)
-    found, kl = _views(caching, rows, span, tick)
-    correct = [cached.top1(view.logits, data.labels[rows]) for view in found]
-    metadata: dict[str, Any] = {
+    metadata: dict[str, Any] = source.metadata() | {
         "format": "1",
-        "rows": cached.rows_digest(data.ids[rows], digests_of(data.index["sha256"])[rows]),
-        "teacher": caching.saved.manifest.digest,
-        "policy": caching.policy.to_dict(),
-        "normalisation": caching.saved.normalisation.to_dict(),
+        "rows": files.rows_digest(data.ids[rows], digests_of(data.index["sha256"])[rows]),
+        "policy": source.policy.to_dict(),
+        "classes": files.classes_digest(data.classes),
         "views": f"{span[0]},{span[1]}",
-        "top1_correct": [int(c.sum()) for c in correct],
-        "kl": kl,
     }
-    cached.write_views(build, cached.view_path(*span, shard), found, metadata)
+    correct = store.write(build, _asked(source, store, rows, (shard, span), tick), data.labels[rows], metadata)
     if span[0] == 0:
-        cached.write_rows(build, shard, data, rows, np.sum(correct, 0, dtype=np.int32))
+        files.write_rows(build, shard, data, rows, correct)
 
 
-def _views(
-    caching: Caching, rows: NDArray[np.int64], span: tuple[int, int], tick: Callable[[int], None]
-) -> tuple[list[ViewRows], dict[str, float]]:
-    """All views of a range of some rows, and the mean KL between what the teacher said and what is stored."""
-    from kdprune_data.learn import views
-
-    data = caching.images.data
-    boxes = [views.geometry(caching.policy, data.uids[rows], data.sizes[rows], view) for view in range(span[0], span[1] + 1)]
-    said: list[list[NDArray[np.floating]]] = [[] for _ in boxes]
-    lost = dict.fromkeys(TEMPERATURES, 0.0)
-    for n, kept, losses in _said(caching, rows, boxes, order.batches(np.arange(len(rows)), caching.config.batch)):
-        for tau in TEMPERATURES:
-            lost[tau] += losses[tau] * len(kept)
-        said[n].append(kept)
-        tick(len(kept))
-    views_of = [_rows(box, np.concatenate(logits)) for box, logits in zip(boxes, said, strict=True)]
-    return views_of, {f"{tau:g}": round(lost[tau] / (len(rows) * len(boxes)), 9) for tau in TEMPERATURES}
+def _asked(source: Source, store: Store, rows: NDArray[np.int64], where: tuple[int, tuple[int, int]], tick: Callable[[int], None]) -> Part:
+    """All views of a range of some rows, as the store keeps them, and what that loses."""
+    shard, span = where
+    views = range(span[0], span[1] + 1)
+    kept: list[list[NDArray[np.floating]]] = [[] for _ in views]
+    lost: dict[float, float] = {}
+    for n, full in source.said(rows, views, order.batches(np.arange(len(rows)), source.batch)):
+        some, losses = store.keep(full)
+        kept[n].append(some)
+        for tau, kl in losses.items():
+            lost[tau] = lost.get(tau, 0.0) + kl * len(full) / (len(rows) * len(views))
+        tick(len(full))
+    return Part(shard, span, rows, [source.boxes(rows, view) for view in views], [np.concatenate(one) for one in kept], lost)
 
 
-def _said(
-    caching: Caching, rows: NDArray[np.int64], boxes: Sequence[Geometry], batches: Iterable[NDArray[np.int64]]
-) -> Iterator[tuple[int, NDArray[np.floating], dict[float, float]]]:
-    """What the teacher says of every view of each batch of places in `rows`: (view's place in `boxes`, logits as stored, their KL).
-
-    Raises SourceError for a logit that is no finite number.
-    """
-    import torch
-
-    from kdprune_data.learn.inference import evaluating
-    from kdprune_data.learn.losses import kl
-
-    with evaluating(caching.net, caching.device) as net:
-        for at, images in _decoded(caching, rows, batches):
-            for n, pixels in enumerate(_rendered(caching, images, [box.take(at) for box in boxes])):
-                full = net(caching.saved.normalisation.apply(pixels.to(caching.device))).float().cpu()
-                bad = caching.images.data.ids[rows[at[~torch.isfinite(full).all(1).numpy()]]]
-                if len(bad):
-                    raise SourceError(f"the teacher's logits of {some(bad)} are not finite numbers: its weights are broken; use another")
-                kept = cached.stored(full.numpy(), caching.config.dtype)
-                again = torch.from_numpy(kept.astype(np.float32))
-                yield n, kept, {tau: float(kl(again, full, tau)) for tau in TEMPERATURES}
-
-
-def _decoded(
-    caching: Caching, rows: NDArray[np.int64], batches: Iterable[NDArray[np.int64]]
-) -> Iterator[tuple[NDArray[np.int64], Pixels | list[Pixels]]]:
-    """Batches of places in `rows`, each with its images. A few samples are decoded ahead, not a few batches: photographs are large."""
-    from kdprune_data.learn.stream import prefetch
-
-    places = list(batches)
-    parts = [list(order.batches(at, DECODED_AT_ONCE)) for at in places]
-    ready = prefetch(lambda at: caching.images.get(rows[at]), chain.from_iterable(parts), caching.config.jobs)
-    for at, some_parts in zip(places, parts, strict=True):
-        found = [next(ready) for _ in some_parts]
-        yield at, np.concatenate(found) if caching.images.equal else list(chain.from_iterable(found))
-
-
-def _rendered(caching: Caching, images: Pixels | list[Pixels], boxes: Sequence[Geometry]) -> Iterator[torch.Tensor]:
-    """The views of a batch, one after the other, rendered a little ahead in parts of so many samples that memory stays bounded."""
-    import torch
-
-    from kdprune_data.learn import views
-    from kdprune_data.learn.stream import prefetch
-
-    n, size, threads = len(images), caching.policy.size, caching.config.jobs
-    ahead = 2 * threads + 2  # parts that `prefetch` holds, and the one that is used
-    parts = list(order.batches(np.arange(n), max(1, RENDERED_BYTES // (ahead * 3 * size * size))))
-
-    def make(part: tuple[Geometry, NDArray[np.int64]]) -> torch.Tensor:
-        box, at = part
-        return views.render(images[at[0] : at[-1] + 1], box.take(at), size)
-
-    ready = prefetch(make, product(boxes, parts), threads)
-    for _ in boxes:
-        yield torch.cat([next(ready) for _ in parts])
-
-
-def _rows(boxes: Geometry, logits: NDArray[np.floating]) -> ViewRows:
-    return ViewRows(boxes.top, boxes.left, boxes.height, boxes.width, boxes.flip, logits)
-
-
-def _view_bytes(caching: Caching) -> float:
-    """What a view of a sample takes: its logits, its box and its flip."""
-    side = 1 if caching.policy.kind == "pad-crop" else 2  # bytes of a box's four numbers: they reach as far as the images do
-    return len(caching.images.data.classes) * np.dtype(DTYPES[caching.config.dtype]).itemsize + 4 * side + 1 / 8
-
-
-def _estimate(caching: Caching, folder: Path, state: str) -> Outcome:
-    """What filling would do: bytes of the view files, seconds from a few samples of the very work."""
-    from kdprune_data.learn import views
-
-    data, config = caching.images.data, caching.config
+def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
+    """What filling would do: bytes of the view files, seconds from a few samples of the very work, which a code is then tried on."""
+    data, source = plan.data, plan.source()
     rows = data.usable()
     there = LogitCache.open(folder).views if state == "finished" else 0
-    new = max(config.views - there, 0)
+    new = max(plan.views - there, 0)
     state = "grown" if there and new else state
-    boxes = [views.geometry(caching.policy, data.uids[rows], data.sizes[rows], view) for view in range(there, there + min(new, 8))]
+    views = range(there, there + min(new, 8))
+    said: list[list[NDArray[np.float32]]] = [[] for _ in views]
+    by_hash = np.argsort(order.order_hash(data.uids[rows], 0, "probe"), kind="stable")
 
     def work() -> Iterator[int]:
         done = 0
-        for n, kept, _ in _said(caching, rows, boxes, growing(np.arange(len(rows)), config.batch)):
-            done += len(kept)
-            if n == len(boxes) - 1:
+        for n, full in source.said(rows[by_hash], views, growing(np.arange(len(rows)), source.batch)):
+            said[n].append(full)
+            done += len(full)
+            if n == len(views) - 1:
                 yield done
                 done = 0
 
     total = len(rows) * new
     seconds = measure_growing(work(), total) if new else 0.0
-    each = _view_bytes(caching)
     table = 0 if there else sum(len(one) + 48 for one in data.ids[rows])
-    counts = {"sample": len(rows), "view": new}
-    return Estimate(folder, state, counts, int(total * each) + table, seconds).outcome()
+    each = plan.view_bytes
+    if plan.fidelity is not None and new and (code := _code_of_few(plan, said)):
+        each = code.view_bytes + _geometry_bytes(plan)
+        table += 0 if there else int(len(rows) * code.base_bytes)
+    return Estimate(folder, state, {"sample": len(rows), "view": new}, int(total * each) + table, seconds).outcome()
 
 
-def _outcome(folder: Path, made: Manifest) -> Outcome:
+def _code_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Code | None:
+    """About how a coded cache would be coded; None where too little was said to tell: then the plain size is the most it takes."""
+    assert plan.fidelity is not None
+    logits = np.stack([np.concatenate(one) for one in said])
+    try:
+        return _storing.choose(logits, plan.fidelity, plan.views) if logits.shape[1] >= _storing.LEAST_SAMPLES else None
+    except KdpruneError:  # no step is fine enough for directions that were learned from so few
+        return None
+
+
+def _outcome(folder: Path) -> Outcome:
+    cache = LogitCache.open(folder)
+    made = cache.manifest
     counts, size = made.counts, sum(f.bytes for f in made.files)
     per_view = size / (counts["samples"] * counts["views"])
     text = (
         f"{folder}: {count(counts['views'], 'view')} of {count(counts['samples'], 'sample')}, {megabytes(size)} "
-        f"({per_view:.0f} bytes a view), {made.config['dtype']}"
+        f"({per_view:.{0 if per_view >= 100 else 1}f} bytes a view), {made.config['dtype']}"
     )
-    return Outcome(folder, {"folder": str(folder), "counts": counts, "bytes": size, "digest": made.digest}, text)
+    kl = cache.kl
+    if cache.coded:
+        text += "; mean KL(full || stored) " + ", ".join(f"{value:.2g} at temperature {tau}" for tau, value in kl.items())
+        asked = made.config["fidelity"]
+        text += "" if max(kl.values()) <= asked else f": above the {asked:g} asked for, which the samples it was chosen on kept"
+    facts = {"folder": str(folder), "counts": counts, "bytes": size, "bytes_per_view": round(per_view, 3), "kl": kl, "digest": made.digest}
+    return Outcome(folder, facts, text)

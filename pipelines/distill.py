@@ -107,7 +107,7 @@ def run(config: DistillConfig) -> Outcome:
     )
     settings |= lesson.settings | {"role": "student", "temperature": config.temperature, "keep_epochs": sorted(config.keep_epochs)}
     # Of the cache only what was read, in `views`, and its teacher: views that are added later make no other student.
-    inputs = _training.inputs(data, *([] if cache is None else [cache.teacher]), val=val)
+    inputs = _training.inputs(data, *([] if cache is None else cache.teachers), val=val)
     place = _preview.Place(folder, Identity("model", name, settings, inputs), config.overwrite)
     # Before the folder is touched: it may be about to replace what these weights lie in.
     net = _training.begin_from(models.build(architecture, seed=order.derived(config.seed, "init/student"), code=config.model), init)
@@ -163,7 +163,7 @@ def _weighed(config: DistillConfig, data: Dataset, lesson: Lesson) -> Lesson:
 
 def _holds(path: str, count: int) -> bool:
     """Whether a file of a cache is read for its first `count` views."""
-    return path.startswith("rows/") or int(path[6:10]) < count
+    return not path.startswith("views-") or int(path[6:10]) < count
 
 
 def _find_logits(config: DistillConfig, data: Dataset) -> Path | None:
@@ -177,7 +177,7 @@ def _find_logits(config: DistillConfig, data: Dataset) -> Path | None:
     asked = None if config.teacher is None else Manifest.load(config.teacher, kinds=("model",)).digest
 
     def fits(cache: Manifest) -> bool:
-        return cache.content in contents and (asked is None or cache.ancestor("teacher")["digest"] == asked)
+        return cache.content in contents and (asked is None or [asked] == [i["digest"] for i in cache.inputs if i["role"] == "teacher"])
 
     if not _workspace.candidates(_workspace.LOGITS, fits):
         if config.teacher is not None:
@@ -213,11 +213,20 @@ def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> Non
 
     if config.teacher is not None:
         asked = Manifest.load(config.teacher, kinds=("model",))
-        if asked.digest != cache.teacher["digest"]:
+        if [asked.digest] != [one["digest"] for one in cache.teachers]:
+            named = " and ".join(f"teacher {one['name']} ({one['digest'][:12]})" for one in cache.teachers)
+            whose = named or "somebody else's teacher"
             raise MismatchError(
-                f"{cache.folder} holds the logits of teacher {cache.teacher['name']} ({cache.teacher['digest'][:12]}), not of "
+                f"{cache.folder} holds the logits of {whose}, not of "
                 f"{config.teacher} ({asked.digest[:12]}): use its own cache, or run cache with that teacher"
             )
+    held = cache.temperatures
+    if held is not None and not held[0] <= config.temperature <= held[1]:
+        at = f"temperature {held[0]:g} alone" if held[0] == held[1] else f"temperatures from {held[0]:g} to {held[1]:g}"
+        raise MismatchError(
+            f"{cache.folder} holds at {at}, --temperature is {config.temperature:g}: train at one it holds at, or cache with "
+            f"--temperature {config.temperature:g}"
+        )
     there, crops = views.Policy.from_dict(cache.policy), config.crops()
     flip = there.flip if config.flip == "auto" else config.flip == "on"
     seed = there.seed if config.view_seed is None else config.view_seed

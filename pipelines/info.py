@@ -1,6 +1,7 @@
 """`info`: what an artefact is, and where it came from: kind, counts, settings, files, and its ancestors back to the source.
 
-Of scores also how they are distributed, by class too, and how they agree; of a subset the weights of its samples.
+Of scores also how they are distributed, by class too, and how they agree; of a subset the weights of its samples; of a logit cache what
+storing takes and loses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kdprune_pipelines._tables import PAGE
 
 from kdprune_data.config import Config, option
 from kdprune_data.formats.dataset import read_weights
+from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
 
 SHOWN = 12
@@ -57,7 +59,18 @@ def _more(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """What stands in the files and in no manifest."""
     if manifest.kind == "scores":
         return {"scores": _distribution.facts(folder, manifest)}
+    if manifest.kind == "logits":
+        return {"soft_labels": _soft_labels(folder)}
     return {"weights": _weighing.facts(read_weights(folder)[1])} if manifest.kind == "subset" else {}
+
+
+def _soft_labels(folder: Path) -> dict[str, Any]:
+    """What a logit cache takes, loses and holds for: bytes of a view of a sample, everything included; mean KL(full || stored) by
+    temperature; the temperatures from the lowest to the highest, null for all."""
+    cache = LogitCache.open(folder)
+    size = sum(f.bytes for f in cache.manifest.files)
+    views = cache.views * int(cache.manifest.counts["samples"])
+    return {"bytes_per_view": round(size / views, 3), "kl": cache.kl, "temperatures": cache.temperatures}
 
 
 def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -77,6 +90,12 @@ def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Ite
         yield f"  per class {min(per_class):,} to {max(per_class):,} samples"
     if "weights" in facts:
         yield f"  weights   {_weighing.spoken(facts['weights'])}"
+    if "soft_labels" in facts:
+        found = facts["soft_labels"]
+        lost = ", ".join(f"{kl:.2g} at temperature {tau}" for tau, kl in found["kl"].items())
+        yield f"  stored    {found['bytes_per_view']:,.1f} bytes a view of a sample; mean KL(full || stored) {lost}"
+        held = found["temperatures"]
+        yield f"  holds     {'at any temperature' if held is None else f'at temperatures from {held[0]:g} to {held[1]:g}'}"
     for n, line in enumerate(_settings(manifest.config)):
         yield f"  {'settings' if n == 0 else '':<9} {line}"
     yield f"  digest    {manifest.digest}"

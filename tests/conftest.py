@@ -208,3 +208,16 @@ def weigh() -> Callable[..., None]:
         (folder / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
 
     return change
+
+
+@pytest.fixture(scope="session")
+def reseal() -> Callable[[Path], None]:
+    """Make the manifest of a folder fit the files as they stand: as if somebody had written them so."""
+    from kdprune_data.formats.manifest import File, Manifest, sha256_file
+
+    def change(folder: Path) -> None:
+        manifest = Manifest.read(folder)
+        files = [File(f.path, (folder / f.path).stat().st_size, sha256_file(folder / f.path)) for f in manifest.files]
+        (folder / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
+
+    return change

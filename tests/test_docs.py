@@ -21,7 +21,7 @@ from kdprune_cli import main as cli
 import kdprune_data
 import kdprune_data.formats.scores
 from kdprune_data import errors
-from kdprune_data.formats import dynamics, indexing, logits, subset
+from kdprune_data.formats import dynamics, indexing, logit_files, subset
 from kdprune_data.selectors import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,9 +262,9 @@ def test_columns_told_in_prose() -> None:
     rows = re.search(r"^`rows`: (.+?)\.\s", FORMATS, re.M | re.S)
     assert rows is not None
     told = re.findall(rf"`(\w+)` ({'|'.join(TYPES)})", rows[1])
-    assert [(name, TYPES[kind]) for name, kind in told] == [(field.name, field.type) for field in logits.ROWS_SCHEMA]
+    assert [(name, TYPES[kind]) for name, kind in told] == [(field.name, field.type) for field in logit_files.ROWS_SCHEMA]
     view = [name for names, *_ in rows_after(FORMATS, "A view file is") for name in SPAN.findall(names)]
-    assert view == [*logits.GEOMETRY, "flip", "logits"]
+    assert view == [*logit_files.GEOMETRY, "flip", "logits"]
 
 
 def test_purposes_of_order() -> None:

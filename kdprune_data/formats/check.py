@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from kdprune_data.errors import some
-from kdprune_data.formats import dynamics, indexing, journal, logits, subset, table
+from kdprune_data.formats import dynamics, indexing, journal, logit_files, subset, table
 from kdprune_data.formats import manifest as m
-from kdprune_data.formats.logits import LogitCache
+from kdprune_data.formats.logits import LogitCache, read_view
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.scores import SCORES, read_vectors
 
@@ -121,10 +121,10 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
         labels, first = indexing.labels_of(rows["label"]), min(p[1] for p in cache.parts if p[0] == 0)
         correct = np.zeros(len(rows), np.int32)
         if labels.max(initial=-1) >= len(manifest.classes):
-            yield Fault(str(folder / logits.rows_path(shard)), f"has label {labels.max()}, of {len(manifest.classes)} classes")
+            yield Fault(str(folder / logit_files.rows_path(shard)), f"has label {labels.max()}, of {len(manifest.classes)} classes")
         for view in range(cache.views):
-            found = logits.read_view(cache, shard, view)
-            correct += logits.top1(found.logits, labels) & (view <= first)
+            found = read_view(cache, shard, view)
+            correct += logit_files.top1(found.logits, labels) & (view <= first)
             ids = rows["id"].to_pylist()
             where = f"{folder} view {view} of shard {shard}"
             values = found.logits.astype(np.float32)
@@ -134,7 +134,7 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
             tick(len(rows))
         wrong = np.flatnonzero(correct != rows["top1_correct"].to_numpy())
         if len(wrong):
-            where = str(folder / logits.rows_path(shard))
+            where = str(folder / logit_files.rows_path(shard))
             yield Fault(where, f"the top1_correct of {some(ids[n] for n in wrong[:4])} is not what its first {first + 1} views give")
     if total != manifest.counts["samples"]:
         yield Fault(str(folder), f"has {total:,} rows, the manifest says {manifest.counts['samples']:,} samples")

@@ -1,18 +1,20 @@
-"""The logit cache on disk: per shard, the rows once, and per range of views the geometry and the teacher's logits, memory-mapped.
+"""The logit cache, read: a teacher's logits for many views of every sample, joined with a data set by id.
 
 `LogitCache.open` reads a finished cache; `join` aligns it with a data set by id, once, into integer row numbers; `Joined.read` gathers a
-batch of one view. Every check that stands between a student and wrong soft labels is here. `docs/formats.md`, "Logits".
+batch of one view. Every check that stands between a student and wrong soft labels is here. The files themselves are
+`kdprune_data.formats.logit_files`, the coded form `kdprune_data.formats.lowrank`. `docs/formats.md`, "Logits".
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,97 +24,65 @@ from kdprune_data import order
 from kdprune_data.errors import FormatError, MismatchError, UsageError, some
 from kdprune_data.formats import indexing, table
 from kdprune_data.formats import manifest as m
-from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.logit_files import (
+    BROKEN,
+    CODEBOOK,
+    CODED,
+    ROWS_SCHEMA,
+    Boxes,
+    Stored,
+    ViewRows,
+    base_path,
+    classes_digest,
+    coded_view,
+    metadata_of,
+    plain_view,
+    read_base,
+    read_codebook,
+    rows_digest,
+    rows_path,
+    shard_of,
+    view_path,
+    views_of,
+)
+from kdprune_data.formats.lowrank import Codebook
 from kdprune_data.formats.manifest import Manifest
 
-ROWS_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sha256", pa.binary(32)),
-        ("label", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("top1_correct", pa.int32()),
-    ]
-)
-GEOMETRY = ("top", "left", "height", "width")
-PART_BYTES = 256_000_000
-DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
+__all__ = ["Joined", "LogitCache", "Opened", "normalisation_of", "open_view", "read_view"]
+OPEN_VIEWS = 64
+"""Views of shards that a join holds open: a group of 16 shards that are trained in turn, and the next."""
+K = TypeVar("K")
+V = TypeVar("V")
 
 
-class ViewRows(NamedTuple):
-    """One view of n samples: boxes as int32 of shape (n,), flip as bool of shape (n,), logits as float16 or float32 of shape (n, c)."""
+class Recent(Generic[K, V]):
+    """The values made last, by key, at most so many. May be used by several threads."""
 
-    top: NDArray[np.int32]
-    left: NDArray[np.int32]
-    height: NDArray[np.int32]
-    width: NDArray[np.int32]
-    flip: NDArray[np.bool_]
-    logits: NDArray[np.floating]
+    def __init__(self, most: int) -> None:
+        self._most, self._found, self._mutex = most, OrderedDict[K, V](), Lock()
 
-
-def rows_path(shard: int) -> str:
-    """The rows file of a shard."""
-    return f"rows/shard-{shard:06d}.parquet"
-
-
-def view_path(first: int, last: int, shard: int) -> str:
-    """The file of views first to last (both included) of a shard."""
-    return f"views-{first:04d}-{last:04d}/shard-{shard:06d}.arrow"
-
-
-def stored(logits: NDArray[np.float32], dtype: str) -> NDArray[np.floating]:
-    """Logits as they are stored: z - max(z), in `dtype`, clipped to what it holds. Shape (n, c) in and out."""
-    shifted = logits - logits.max(1, keepdims=True)
-    kind = DTYPES[dtype]
-    return np.asarray(np.maximum(shifted, np.finfo(kind).min), kind)
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """The value of a key, made where it is not at hand."""
+        with self._mutex:
+            if key in self._found:
+                self._found.move_to_end(key)
+                return self._found[key]
+        made = make()
+        with self._mutex:
+            self._found[key] = made
+            while len(self._found) > self._most:
+                self._found.popitem(last=False)
+        return made
 
 
-def rows_digest(ids: Iterable[str], sha256: NDArray[np.uint8]) -> str:
-    """sha256 (hex) over `id NUL image-sha256 LF` of a shard's rows: a view file names the rows it belongs to."""
-    lines = (f"{one}\0{digest}\n" for one, digest in zip(ids, m.hexes(sha256), strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a shard: the table as in ROWS_SCHEMA, their labels, int32 of shape (n,), -1 = none, and the digest that names them."""
 
-
-def top1(logits: NDArray[np.floating], labels: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Whether the largest logit (the first of equals) is the label's: bool of shape (n,), False where there is no label."""
-    return np.asarray(logits.argmax(1) == labels)
-
-
-def ranges(first: int, last: int, per_view: int) -> list[tuple[int, int]]:
-    """Split views first..last (both included) so that no file passes 256 MB, or holds one view. per_view: bytes of the largest shard's."""
-    width = max(1, PART_BYTES // max(per_view, 1))
-    return [(at, min(at + width - 1, last)) for at in range(first, last + 1, width)]
-
-
-def write_rows(build: Build, shard: int, data: Dataset, rows: NDArray[np.int64], correct: NDArray[np.int32]) -> None:
-    """Write the rows of a shard. correct: int32 of shape (n,), in how many views of the first range the top 1 was the label."""
-    columns = [data.index[name].take(pa.array(rows)) for name in ("id", "sha256", "label", "height", "width")]
-    with build.create(rows_path(shard)) as sink:
-        table.write(sink, pa.table([*columns, pa.array(correct, pa.int32())], schema=ROWS_SCHEMA))
-
-
-def write_views(build: Build, path: str, views: Sequence[ViewRows], metadata: Mapping[str, Any]) -> None:
-    """Write one view file: a record batch per view, metadata (texts, or JSON values) in the schema."""
-    names = [*GEOMETRY, "flip", "logits"]
-    kinds = [_narrowest([getattr(v, side) for v in views]) for side in GEOMETRY]
-    classes = views[0].logits.shape[1]
-    logit_kind = pa.list_(pa.from_numpy_dtype(views[0].logits.dtype), classes)
-    texts = {k: v if isinstance(v, str) else m.canonical(v).decode() for k, v in metadata.items()}
-    schema = pa.schema(list(zip(names, [*kinds, pa.bool_(), logit_kind], strict=True)), metadata=texts)
-    batches = []
-    for view in views:
-        arrays = [pa.array(getattr(view, side), kind) for side, kind in zip(GEOMETRY, kinds, strict=True)]
-        logits = pa.FixedSizeListArray.from_arrays(pa.array(view.logits.reshape(-1)), classes)
-        batches.append(pa.record_batch([*arrays, pa.array(view.flip), logits], schema=schema))
-    with build.create(path) as sink:
-        table.ipc_write(sink, batches, schema)
-
-
-def _narrowest(columns: Sequence[NDArray[np.int32]]) -> pa.DataType:
-    low, high = min(int(c.min()) for c in columns), max(int(c.max()) for c in columns)
-    return next(k for k, bound in ((pa.int8(), 1 << 7), (pa.int16(), 1 << 15), (pa.int32(), 1 << 31)) if -bound <= low and high < bound)
+    table: pa.Table
+    labels: NDArray[np.int32]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -121,6 +91,8 @@ class LogitCache:
 
     folder: Path
     manifest: Manifest
+    _rows: Recent[int, Rows] = field(default_factory=lambda: Recent(OPEN_VIEWS), repr=False, compare=False)
+    _bases: Recent[int, NDArray[np.int16]] = field(default_factory=lambda: Recent(OPEN_VIEWS), repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> LogitCache:
@@ -131,6 +103,9 @@ class LogitCache:
         if [v for a, b in covered for v in range(a, b + 1)] != list(range(cache.views)):
             raise FormatError(f"{folder} says {cache.views} views, its files hold {covered}: run cache again, or fetch it again")
         return cache
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (LogitCache, (self.folder, self.manifest))
 
     @property
     def views(self) -> int:
@@ -144,15 +119,50 @@ class LogitCache:
         return found
 
     @property
-    def teacher(self) -> Mapping[str, Any]:
-        """The teacher, as an input's description."""
-        return self.manifest.ancestor("teacher")
+    def teachers(self) -> list[Mapping[str, Any]]:
+        """The teachers, as inputs' descriptions: several of an ensemble, none of logits from elsewhere."""
+        return [one for one in self.manifest.inputs if one["role"] == "teacher"]
+
+    @property
+    def coded(self) -> bool:
+        """Whether logits are stored in the coded form."""
+        return bool(self.manifest.config["dtype"] == CODED)
+
+    @property
+    def temperatures(self) -> tuple[float, float] | None:
+        """Between which temperatures the logits hold, both included; None for all."""
+        config = self.manifest.config
+        if "ensemble" in config:
+            return float(config["ensemble"]["temperature"]), float(config["ensemble"]["temperature"])
+        return (float(min(config["temperatures"])), float(max(config["temperatures"]))) if self.coded else None
+
+    @cached_property
+    def kl(self) -> dict[str, float]:
+        """Mean KL(full || stored) by temperature over all views, as measured when they were made; of a coded cache without the samples
+        that the code was learned from."""
+        parts = []
+        for first, last, shard in self.parts:
+            metadata = metadata_of(table.ipc_open(self.folder / view_path(first, last, shard)))
+            samples = int(metadata.get("measured", len(self.rows(shard))))
+            parts.append((json.loads(metadata["kl"]), samples * (last - first + 1)))
+        total = max(sum(n for _, n in parts), 1)
+        return {tau: round(sum(kl[tau] * n for kl, n in parts) / total, 9) for tau in parts[0][0]}
+
+    @cached_property
+    def codebook(self) -> Codebook:
+        """The codebook of a coded cache. Raises FormatError when it is not that of the manifest."""
+        return read_codebook(self.manifest.checked(self.folder, CODEBOOK))[0]
+
+    @cached_property
+    def sha256(self) -> dict[str, str | None]:
+        """The digest of every file, by path."""
+        return {f.path: f.sha256 for f in self.manifest.files}
 
     @cached_property
     def parts(self) -> list[tuple[int, int, int]]:
         """(first view, last view, shard) of every view file."""
         names = [f.path for f in self.manifest.files if f.path.startswith("views-")]
-        return [(int(n[6:10]), int(n[11:15]), int(n.split("shard-")[1][:6])) for n in names]
+        return [(views_of(name)[0], views_of(name)[-1], shard_of(name)) for name in names]
 
     @cached_property
     def shards(self) -> list[int]:
@@ -161,7 +171,32 @@ class LogitCache:
 
     def rows(self, shard: int) -> pa.Table:
         """The rows of a shard, as in ROWS_SCHEMA."""
-        return table.read(self.folder / rows_path(shard), ROWS_SCHEMA)
+        return self.rows_of(shard).table
+
+    def rows_of(self, shard: int) -> Rows:
+        """The rows of a shard, with what is checked against them."""
+
+        def make() -> Rows:
+            rows = table.read(self.folder / rows_path(shard), ROWS_SCHEMA)
+            return Rows(rows, indexing.labels_of(rows["label"]), rows_digest(rows["id"].to_pylist(), indexing.digests_of(rows["sha256"])))
+
+        return self._rows.get(shard, make)
+
+    def base_of(self, shard: int) -> NDArray[np.int16]:
+        """The base of a shard of a coded cache: int16 of shape (n, k). Raises FormatError when it does not belong to its rows."""
+
+        def make() -> NDArray[np.int16]:
+            path = self.manifest.checked(self.folder, base_path(shard))
+            reader, rows = table.ipc_open(path), self.rows_of(shard)
+            try:
+                metadata, base = metadata_of(reader), read_base(reader, self.codebook)
+            except BROKEN as error:
+                raise FormatError(f"{path} is no base as its format says ({type(error).__name__}): make or fetch it again") from None
+            if metadata.get("rows") != rows.digest or metadata.get("codebook") != self.sha256[CODEBOOK] or len(base) != len(rows.table):
+                raise FormatError(f"{path} was made for other samples or another codebook than those beside it: make or fetch it again")
+            return base
+
+        return self._bases.get(shard, make)
 
     def join(self, data: Dataset) -> Joined:
         """Align with a data set by id. Raises MismatchError when a sample has no row, or its image or label is another."""
@@ -203,13 +238,26 @@ class LogitCache:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """One view of a shard: its boxes, and its logits as they are stored."""
+
+    boxes: Boxes
+    logits: Stored
+
+    def take(self, at: NDArray[np.int64]) -> ViewRows:
+        """Some of its rows."""
+        return ViewRows(*(side[at] for side in self.boxes), self.logits.take(at))
+
+
+@dataclass(frozen=True)
 class Joined:
     """A cache aligned with a data set. `place`: int64, for each row of the data set its row in the cache's rows, -1 for none."""
 
     cache: LogitCache
     place: NDArray[np.int64]
     starts: NDArray[np.int64]
-    _open: dict[tuple[int, int], ViewRows] = field(default_factory=dict)
+    _open: Recent[tuple[int, int], Opened] = field(default_factory=lambda: Recent(OPEN_VIEWS), repr=False, compare=False)
+    _checked: set[object] = field(default_factory=set, repr=False, compare=False)
 
     def read(self, rows: NDArray[np.int64], view: int) -> ViewRows:
         """One view of some rows of the data set, in their order.
@@ -223,64 +271,115 @@ class Joined:
         pieces = []
         for n in np.unique(member):
             at = np.flatnonzero(member == n)
-            whole = self._view(self.cache.shards[n], view)
-            pieces.append((at, [column[place[at] - self.starts[n]] for column in whole]))
+            pieces.append((at, self._view(self.cache.shards[n], view).take(place[at] - self.starts[n])))
         if len(pieces) == 1:
-            return ViewRows(*pieces[0][1])
+            return pieces[0][1]
         back = np.argsort(np.concatenate([at for at, _ in pieces]), kind="stable")
-        return ViewRows(*(np.concatenate(columns)[back] for columns in zip(*(c for _, c in pieces), strict=True)))
+        return ViewRows(*(np.concatenate(columns)[back] for columns in zip(*(rows for _, rows in pieces), strict=True)))
 
-    def _view(self, shard: int, view: int) -> ViewRows:
-        found = self._open.get((shard, view))
-        if found is None:
-            found = self._open[shard, view] = read_view(self.cache, shard, view)
-        return found
+    def _view(self, shard: int, view: int) -> Opened:
+        return self._open.get((shard, view), lambda: open_view(self.cache, shard, view, self._checked))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Joined, (self.cache, self.place, self.starts))
 
 
 def read_view(cache: LogitCache, shard: int, view: int) -> ViewRows:
-    """One whole view of a shard, logits as a memory map. Raises FormatError when the file does not belong to its rows or to its teacher,
-    or when its labels are not where they were (a shifted join)."""
+    """One whole view of a shard. Raises FormatError as `open_view` does."""
+    opened = open_view(cache, shard, view)
+    return opened.take(np.arange(len(opened.logits)))
+
+
+def open_view(cache: LogitCache, shard: int, view: int, checked: set[object] | None = None) -> Opened:
+    """One view of a shard, plain logits as a memory map. `checked` holds what was checked before, once for all views and each view.
+
+    Raises FormatError when the file does not belong to its rows or its teacher, when its labels are not where they were (a shifted
+    join), or when it is not the file that the manifest lists.
+    """
+    checked = set() if checked is None else checked
     first, last, _ = next(p for p in cache.parts if p[2] == shard and p[0] <= view <= p[1])
-    path = cache.folder / view_path(first, last, shard)
-    reader, rows = table.ipc_open(path), cache.rows(shard)
+    name = view_path(first, last, shard)
+    path, reader, rows = cache.folder / name, table.ipc_open(cache.folder / name), cache.rows_of(shard)
     try:
-        metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-        _check_view(path, metadata, cache, rows)
-        found = _view_rows(reader.get_batch(view - first))
+        metadata = metadata_of(reader)
+        if name not in checked:
+            _check_view(cache, shard, path, metadata)
+        batch = reader.get_batch(view - first)
+        boxes, logits = coded_view(batch, cache.codebook, cache.base_of(shard)) if cache.coded else plain_view(batch)
         recorded = int(json.loads(metadata["top1_correct"])[view - first])
-    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
+    except BROKEN as error:
         raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
-    if len(found.logits) != len(rows):
-        raise FormatError(f"{path} has {len(found.logits):,} rows, {rows_path(shard)} has {len(rows):,}: make or fetch it again")
-    counted = int(top1(found.logits, indexing.labels_of(rows["label"])).sum())
-    if counted != recorded:
-        raise FormatError(
-            f"{path}: in view {view} the largest logit is the label's in {counted:,} rows, when it was written in {recorded:,}: "
-            f"rows and logits do not belong together; run cache again"
-        )
-    return found
+    if len(logits) != len(rows.table) or len(boxes.top) != len(rows.table):
+        raise FormatError(f"{path} has {len(logits):,} rows, {rows_path(shard)} has {len(rows.table):,}: make or fetch it again")
+    if (name, view) not in checked:
+        _check_labels(f"{path}: in view {view}", logits, rows.labels, recorded)
+    if name not in checked:  # last: what is wrong with a file says more than that it was changed
+        cache.manifest.checked(cache.folder, name)
+    checked.update((name, (name, view)))
+    return Opened(boxes, logits)
 
 
-def _view_rows(batch: pa.RecordBatch) -> ViewRows:
-    logits = batch.column("logits").flatten().to_numpy().reshape(len(batch), -1)
-    # Stored in the narrowest integer: sums such as top + height would leave an int8.
-    top, left, height, width = (np.asarray(batch.column(c).to_numpy(), np.int32) for c in GEOMETRY)
-    return ViewRows(top, left, height, width, np.asarray(batch.column("flip").to_numpy(zero_copy_only=False)), logits)
+def _check_labels(where: str, logits: Stored, labels: NDArray[np.int32], recorded: int) -> None:
+    """Raise FormatError unless the largest logit is the label's in as many rows as when they were written."""
+    said = _largest(logits)
+    counted = int((said == labels).sum())
+    if counted == recorded:
+        return
+    # A row that was shifted in from outside may agree by chance, so as many as the shift is long may differ.
+    by = next(
+        (n for n in (1, -1, 2, -2) if abs(int((np.roll(said, -n) == labels).sum()) - recorded) <= abs(n) < abs(counted - recorded)), None
+    )
+    rows = f"{abs(by or 0)} row{'s' if abs(by or 0) > 1 else ''}"
+    cause = (
+        "rows and logits do not belong together"
+        if by is None
+        else f"the logits stand {rows} {'after' if by > 0 else 'before'} their samples"
+    )
+    raise FormatError(
+        f"{where} the largest logit is the label's in {counted:,} rows, when it was written in {recorded:,}: {cause}; run cache again"
+    )
 
 
-def _check_view(path: Path, metadata: Mapping[str, str], cache: LogitCache, rows: pa.Table) -> None:
+def _largest(logits: Stored) -> NDArray[np.int64]:
+    """The class of each row's largest logit (the first of equals), a few thousand rows at a time."""
+    parts = [logits.take(at).argmax(1) for at in order.batches(np.arange(len(logits)), 4096)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _check_view(cache: LogitCache, shard: int, path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise FormatError, naming what differs, unless a view file's metadata are those of the manifest and of the rows beside it."""
+    if metadata.get("rows") != cache.rows_of(shard).digest:
+        other = next((n for n in cache.shards if cache.rows_of(n).digest == metadata.get("rows")), None)
+        whose = "other samples than the rows beside it" if other is None else f"the samples of shard {other}, not of shard {shard}"
+        raise FormatError(f"{path} was made for {whose}: run cache again, or fetch it again")
+    names = " and ".join(one["name"] for one in cache.teachers) or "the one"
+    source = cache.manifest.config.get("source", {})
     expected = {
         "format": ("1", "is not of format 1, which this version reads"),
-        "rows": (
-            rows_digest(rows["id"].to_pylist(), indexing.digests_of(rows["sha256"])),
-            "was made for other samples than the rows beside it",
+        "teacher": (
+            " ".join(one["digest"] for one in cache.teachers) or source.get("sha256"),
+            f"holds the logits of another teacher than {names}, which the manifest names",
         ),
-        "teacher": (cache.teacher["digest"], f"holds the logits of another teacher than {cache.teacher['name']}, which the manifest names"),
         "policy": (m.canonical(cache.policy).decode(), "has views of another policy than the manifest's"),
+        "normalisation": (
+            _normalisation(cache.teachers),
+            f"was made with inputs of another normalisation than {names}'s, which the manifest names",
+        ),
     }
+    if "classes" in metadata:
+        expected["classes"] = (classes_digest(cache.manifest.classes), "has its logits in another order of classes than the manifest's")
+    if cache.coded:
+        expected["codebook"] = (str(cache.sha256[CODEBOOK]), "is coded by another codebook than the one beside it")
     for key, (value, wrong) in expected.items():
         if metadata.get(key) != value:
             raise FormatError(f"{path} {wrong}: run cache again, or fetch it again")
+
+
+def _normalisation(teachers: Sequence[Mapping[str, Any]]) -> str:
+    """As a view file states it."""
+    return m.canonical(normalisation_of([one["config"].get("normalisation") for one in teachers])).decode()
+
+
+def normalisation_of(each: Sequence[Any]) -> Any:
+    """The normalisations of a cache's teachers as its files state them: one by itself, a list of several, null of none."""
+    return each[0] if len(each) == 1 else list(each) or None

@@ -66,9 +66,10 @@ def check(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
         raise FormatError(f"{path} does not have the columns of its format ({what}): make or fetch it again")
 
 
-def ipc_write(sink: Sink, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Write record batches as an uncompressed Arrow IPC file."""
-    with pa.ipc.new_file(sink, schema) as writer:
+def ipc_write(sink: Any, batches: Sequence[pa.RecordBatch], schema: pa.Schema, *, zstd: int | None = None) -> None:
+    """Write record batches as an Arrow IPC file, uncompressed, or with zstd at a level."""
+    codec = None if zstd is None else pa.Codec("zstd", compression_level=zstd)
+    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
         for batch in batches:
             writer.write_batch(batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from kdprune_data.errors import FormatError, UsageError
 from kdprune_data.images import DECODER
 
 VERSION = 1
-KINDS = ("pad-crop", "resized-crop")
+KINDS = ("pad-crop", "every-crop", "resized-crop", "identity", "given")
+PADDED = ("pad-crop", "every-crop")
 KERNEL = "bilinear, antialiased, float32"
 SMALL = 64
 LARGE_SIZE = 224
@@ -23,8 +24,9 @@ RATIO = (0.75, 4 / 3)
 
 @dataclass(frozen=True)
 class Policy:
-    """What views look like. `size`: the side of a rendered view, in pixels; `pad`: how far a pad-crop may reach outside, in pixels;
-    `scale` and `ratio`: bounds of a resized-crop's share of the area and of its width over height."""
+    """What views look like. `size`: the side of a rendered view, in pixels; `pad`: how far a padded crop may reach outside, in pixels;
+    `scale` and `ratio`: bounds of a resized-crop's share of the area and of its width over height. `every-crop` shows each distinct padded
+    crop once, `identity` the whole image (its largest centred square), `given` what a cache of somebody else's logits says."""
 
     kind: str
     size: int
@@ -37,9 +39,18 @@ class Policy:
     def to_dict(self) -> dict[str, Any]:
         """As it stands in manifests, decoder and resize kernel included."""
         always = {"version": VERSION, "kind": self.kind, "size": self.size, "flip": self.flip, "seed": self.seed, "decoder": DECODER}
-        if self.kind == "pad-crop":
+        if self.kind in PADDED:
             return always | {"pad": self.pad, "kernel": "none"}
-        return always | {"scale": list(self.scale), "ratio": list(self.ratio), "kernel": KERNEL}
+        if self.kind == "resized-crop":
+            always |= {"scale": list(self.scale), "ratio": list(self.ratio)}
+        return always | {"kernel": KERNEL}
+
+    @property
+    def views(self) -> int | None:
+        """How many views there are; None where there is no end of them."""
+        if self.kind == "every-crop":
+            return (2 * self.pad + 1) ** 2 * (2 if self.flip else 1)
+        return 1 if self.kind == "identity" else None
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Policy:
@@ -117,3 +128,15 @@ def policy_for(
         why = "--scale and --ratio ask for resized crops" if crops.resized else f"not all images are squares of {side} pixels"
         raise UsageError(f"--pad {crops.pad} is for crops that are not resized, and {why}: leave it out")
     return Policy("resized-crop", side, mirror, seed, scale=crops.scale or SCALE, ratio=crops.ratio or RATIO)
+
+
+def every_crop(policy: Policy) -> Policy:
+    """The policy of all distinct crops of a pad-crop policy. Raises UsageError for another kind."""
+    if policy.kind != "pad-crop":
+        raise UsageError("--views all is for padded crops of small images of one size: resized crops have no end, give a number")
+    return replace(policy, kind="every-crop")
+
+
+def identity(policy: Policy) -> Policy:
+    """The policy of the one view that is the image itself, at the size of another policy."""
+    return Policy("identity", policy.size, flip=False, seed=0)

@@ -7,6 +7,7 @@ from (policy seed, id, view) alone, so ranges of views can be made on different 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdprune_data import order
-from kdprune_data.learn.policy import Crops, Policy, flips, own_size, policy_for
+from kdprune_data.errors import UsageError
+from kdprune_data.learn.policy import Crops, Policy, every_crop, flips, identity, own_size, policy_for
 from kdprune_data.learn.resize import Pixels, evaluation, resize
 
 TRIES = 10
-__all__ = ["Crops", "Geometry", "Normalisation", "Pixels", "Policy", "evaluation", "flips", "geometry", "own_size", "policy_for", "render"]
+__all__ = [
+    "Crops",
+    "Geometry",
+    "Normalisation",
+    "Pixels",
+    "Policy",
+    "evaluation",
+    "every_crop",
+    "flips",
+    "geometry",
+    "identity",
+    "own_size",
+    "policy_for",
+    "render",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,20 @@ class Geometry:
 
 
 def geometry(policy: Policy, uids: NDArray[np.uint64], sizes: NDArray[np.int32], view: int) -> Geometry:
-    """The boxes of one view. uids: uint64 of shape (n,); sizes: int32 of shape (n, 2), heights and widths."""
+    """The boxes of one view. uids: uint64 of shape (n,); sizes: int32 of shape (n, 2), heights and widths.
+
+    Raises UsageError for a view that the policy has not, or boxes that it does not draw.
+    """
+    if policy.views is not None and not 0 <= view < policy.views:
+        raise UsageError(f"there are {policy.views} views of policy {policy.kind}, numbered from 0: {view} is none of them")
+    if policy.kind == "given":
+        raise UsageError(
+            "the boxes of these views were given by whoever made the logits: nothing draws them; use the cache that holds them"
+        )
+    if policy.kind == "identity":
+        return _whole(sizes)
+    if policy.kind == "every-crop":
+        return _every_crop(policy, uids, view)
     state = order.order_hash(uids, policy.seed, f"view/{view}")
     if policy.kind == "resized-crop":
         return _resized_crops(policy, state, sizes)
@@ -49,6 +78,26 @@ def geometry(policy: Policy, uids: NDArray[np.uint64], sizes: NDArray[np.int32],
     top, left = (np.floor(u * reach).astype(np.int32) - policy.pad for u in draws[:2])
     side = np.full(len(uids), policy.size, np.int32)
     return Geometry(top, left, side, side, policy.flip & (draws[2] < 0.5))
+
+
+def _whole(sizes: NDArray[np.int32]) -> Geometry:
+    """The largest centred square of every image."""
+    side = sizes.min(1)
+    top, left = ((sizes[:, n] - side) // 2 for n in (0, 1))
+    return Geometry(top, left, side, side.copy(), np.zeros(len(sizes), bool))
+
+
+def _every_crop(policy: Policy, uids: NDArray[np.uint64], view: int) -> Geometry:
+    """Crop (a + view * b) mod N of the N there are, a and b drawn for each sample, b without a divisor in common with N."""
+    count, reach = policy.views or 1, 2 * policy.pad + 1
+    strides = np.array([b for b in range(1, count + 1) if math.gcd(b, count) == 1], np.int64)
+    first, which = _draws(order.order_hash(uids, policy.seed, "every-crop"), 2)
+    start, stride = np.floor(first * count).astype(np.int64), strides[np.floor(which * len(strides)).astype(np.int64)]
+    number = (start + view * stride) % count
+    crop = number % reach**2
+    top, left = ((n - policy.pad).astype(np.int32) for n in (crop // reach, crop % reach))
+    side = np.full(len(uids), policy.size, np.int32)
+    return Geometry(top, left, side, side.copy(), number >= reach**2)
 
 
 def _draws(state: NDArray[np.uint64], n: int) -> list[NDArray[np.float64]]:

@@ -19,18 +19,16 @@ def score_of(pool: Pool, name: str) -> NDArray[np.floating]:
 def embedding_of(pool: Pool) -> NDArray[np.floating]:
     """The embedding of every candidate, of shape (n, d), as it is stored: a method turns it into float64 piece by piece. Raises as
     `score_of` does."""
-    return _vectors(pool, pool.embedding, "embedding")
+    if pool.embedding is None:
+        raise UsageError("this method needs the embedding: run `kdprune-data score --embedding`")
+    return _finite(pool, np.asarray(pool.embedding), "embedding")
 
 
 def logits_of(pool: Pool) -> NDArray[np.floating]:
     """The logits of every candidate, of shape (n, c), likewise."""
-    return _vectors(pool, pool.logits, "logits")
-
-
-def _vectors(pool: Pool, values: NDArray[np.floating] | None, name: str) -> NDArray[np.floating]:
-    if values is None:
-        raise UsageError(f"this method needs the {name}: run `kdprune-data score --{name}`")
-    return _finite(pool, np.asarray(values), name)
+    if pool.logits is None:
+        raise UsageError("this method needs the logits: run `kdprune-data score --logits`")
+    return _finite(pool, np.asarray(pool.logits), "logits")
 
 
 def _finite(pool: Pool, values: NDArray[np.floating], name: str) -> NDArray[np.floating]:

@@ -415,3 +415,55 @@ def test_normalisation() -> None:
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(found.double(), expected, atol=1e-5)
     assert torch.equal(pixels, before)
+
+
+# --- every crop there is, and the image itself
+
+
+@pytest.mark.parametrize(("pad", "flip", "count"), [(0, False, 1), (0, True, 2), (1, False, 9), (1, True, 18), (4, True, 162)])
+def test_every_crop_shows_each_distinct_crop_once(pad: int, flip: bool, count: int) -> None:
+    """And in an order of each sample's own."""
+    policy = views.every_crop(Policy("pad-crop", 8, flip, 3, pad=pad))
+    assert policy.views == count
+    uids = order.uids_of([f"s{n}" for n in range(20)])
+    sizes = np.full((20, 2), 8, np.int32)
+    drawn = [views.geometry(policy, uids, sizes, view) for view in range(count)]
+    for n in range(20):
+        assert len({(int(b.top[n]), int(b.left[n]), bool(b.flip[n])) for b in drawn}) == count
+    tops = np.stack([b.top for b in drawn])
+    assert (tops.min(), tops.max()) == (-pad, pad)
+    assert all((b.height == 8).all() and (b.width == 8).all() for b in drawn)
+    assert any(b.flip.any() for b in drawn) == flip
+    if count > 2:
+        orders = {tuple((int(b.top[n]), int(b.left[n]), bool(b.flip[n])) for b in drawn) for n in range(20)}
+        assert len(orders) > 10
+    with pytest.raises(UsageError, match=rf"there are {count} views of policy every-crop, numbered from 0: {count} is none"):
+        views.geometry(policy, uids, sizes, count)
+    assert Policy.from_dict(policy.to_dict()) == policy
+
+
+def test_every_crop_is_of_padded_crops() -> None:
+    with pytest.raises(UsageError, match="resized crops have no end, give a number"):
+        views.every_crop(Policy("resized-crop", 32, True, 0))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(8, 8, (0, 0, 8, 8)), (9, 20, (0, 5, 9, 9)), (30, 7, (11, 0, 7, 7)), (1, 1, (0, 0, 1, 1)), (1, 6, (0, 2, 1, 1))],
+)
+def test_identity_is_the_largest_centred_square(height: int, width: int, box: tuple[int, ...]) -> None:
+    policy = views.identity(Policy("resized-crop", 8, True, 5))
+    assert (policy.views, policy.flip, policy.size) == (1, False, 8)
+    found = views.geometry(policy, order.uids_of(["a"]), np.array([[height, width]], np.int32), 0)
+    assert tuple(int(side[0]) for side in (found.top, found.left, found.height, found.width)) == box
+    assert not found.flip.any()
+    image = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
+    shown = views.render(image, found, 8)
+    assert shown.shape == (1, 3, 8, 8)
+    if (height, width) == (8, 8):
+        assert np.array_equal(shown[0].permute(1, 2, 0).numpy(), image[0])
+
+
+def test_given_boxes_are_not_drawn() -> None:
+    with pytest.raises(UsageError, match="given by whoever made the logits"):
+        views.geometry(Policy("given", 8, False, 0), order.uids_of(["a"]), np.array([[8, 8]], np.int32), 0)

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from kdprune_pipelines import _models, cache
+from kdprune_pipelines import _asking, _models
 from PIL import Image
 
-from kdprune_data.formats import logits as cached
+from kdprune_data.formats import logit_files as cached
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.logits import LogitCache, ViewRows
+from kdprune_data.formats.logit_files import ViewRows
+from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest, canonical
 from kdprune_data.learn import views
 from kdprune_data.learn.stream import Images
@@ -96,6 +97,7 @@ def test_metadata(chain: Path) -> None:
         assert found == {
             "format": "1",
             "teacher": teacher.digest,
+            "classes": cached.classes_digest(data.classes),
             "policy": canonical(views.policy_for(data.sizes, data.classes, size=8, flip="auto", seed=0).to_dict()).decode(),
             "normalisation": canonical(teacher.config["normalisation"]).decode(),
             "views": "0,2",
@@ -164,8 +166,8 @@ def test_memory_changes_nothing(
     chain_copy: Path, kdprune: Cli, digests: Digests, monkeypatch: pytest.MonkeyPatch, decoded: int, rendered: int
 ) -> None:
     """However few samples are decoded or rendered at once, the bytes are the same."""
-    monkeypatch.setattr(cache, "DECODED_AT_ONCE", decoded)
-    monkeypatch.setattr(cache, "RENDERED_BYTES", rendered)
+    monkeypatch.setattr(_asking, "DECODED_AT_ONCE", decoded)
+    monkeypatch.setattr(_asking, "RENDERED_BYTES", rendered)
     ran = kdprune("cache", "--views", 3, "--name", "again", cwd=chain_copy)
     assert ran.code == 0, ran.err
     assert digests(chain_copy / "logits/again") == digests(chain_copy / CACHE)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdprune_data import order
-from kdprune_data.formats import logits as cached
+from kdprune_data.formats import logit_files as cached
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
@@ -552,8 +552,17 @@ def test_soft_labels_edited_by_hand_change_the_student(chain_copy: Path, kdprune
     assert not equal(weights(chain_copy / "students/before"), weights(chain_copy / "students/after"))
 
 
-@pytest.mark.parametrize("by", [1, -1, 7])
-def test_rows_that_are_shifted_are_refused(chain_copy: Path, kdprune: Cli, by: int) -> None:
+@pytest.mark.parametrize(
+    ("by", "cause"),
+    [
+        (1, "the logits stand 1 row after their samples"),
+        (-1, "the logits stand 1 row before their samples"),
+        (2, "the logits stand 2 rows after their samples"),
+        (-2, "the logits stand 2 rows before their samples"),
+        (7, "rows and logits do not belong together"),
+    ],
+)
+def test_rows_that_are_shifted_are_refused(chain_copy: Path, kdprune: Cli, by: int, cause: str) -> None:
     """Every digest fits: only that the largest logit is the label's in another number of rows gives it away."""
 
     def shift(columns: dict[str, Any], view: int) -> None:
@@ -564,7 +573,7 @@ def test_rows_that_are_shifted_are_refused(chain_copy: Path, kdprune: Cli, by: i
     ran = kdprune("distill", *SHORT, "--name", "shifted", cwd=chain_copy)
     assert ran.code == 1
     assert str(PART) in ran.err
-    assert "rows and logits do not belong together; run cache again" in ran.err
+    assert f"{cause}; run cache again" in ran.err
     assert not (chain_copy / "students/shifted/manifest.json").exists()
     assert kdprune("verify", CACHE, cwd=chain_copy).code == 1
 
