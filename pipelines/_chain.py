@@ -93,6 +93,8 @@ def _open(command: str, config: Any) -> Iterator[str]:
             continue
         if (option == "scores" and not needs_scores(config)) or (command == "distill" and option == "teacher"):
             continue
+        if command == "verify" and option != "artefact":  # it asks a teacher only where its section names one
+            continue
         yield option
 
 

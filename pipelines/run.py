@@ -189,7 +189,8 @@ class Chain:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""
         made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
         config: Any = dataclasses.replace(step.config, **made)
-        if "code" in field_types(type(config)) and config.code is None and self._config.code:
+        asks = step.command != "verify" or config.teacher is not None
+        if asks and "code" in field_types(type(config)) and config.code is None and self._config.code:
             folder = config.model if step.command == "evaluate" else config.teacher
             with quiet():
                 folder = folder or _workspace.one(None, _workspace.TEACHERS, "--teacher")
