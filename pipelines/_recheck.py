@@ -22,7 +22,7 @@ from kdprune_pipelines._suspects import cause
 from kdprune_pipelines._witness import TEMPERATURES, Limits, Pairs, Witness, chosen, kl, softmax
 from numpy.typing import NDArray
 
-from kdprune_data.errors import KdpruneError, MismatchError
+from kdprune_data.errors import KdpruneError, MismatchError, UsageError
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from kdprune_data.learn.stream import Images, ViewSource
 
-__all__ = ["Agreement", "Limits", "Witness", "at_start", "check_asked", "recheck"]
+__all__ = ["Agreement", "Limits", "Witness", "at_start", "check_asked", "data_of", "recheck"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,24 @@ def check_asked(folder: Path, cache: Manifest, asked: Saved) -> None:
                 f"{folder} holds the logits of teacher {one['name']} ({one['digest'][:12]}), not of {asked.folder} "
                 f"({asked.manifest.digest[:12]}): give its own teacher, or run cache with this one"
             )
+
+
+def data_of(folder: Path, cache: Manifest) -> Path:
+    """The data set that a cache was made for, or else one chosen from it, by content. Raises UsageError when neither is here."""
+    there = [*_workspace.folders(_workspace.DATA), *_workspace.folders(_workspace.SUBSETS)]
+    about: list[tuple[Path, Manifest]] = []
+    for one in there:
+        try:
+            about.append((one, Manifest.read(one, kinds=("dataset", "subset"))))
+        except KdpruneError:  # some other, damaged folder is no concern of this cache's
+            continue
+    same = [one for one, found in about if found.content == cache.content]
+    part = [one for one, found in about if cache.content in _workspace.contents(found.as_input("data"))]
+    if not (same or part):
+        raise UsageError(f"no images of {folder} in data/ or subsets/ here: give the data set that it was made for with --data")
+    found = (same or part)[0]
+    say(f"data: {found}")
+    return found
 
 
 def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: int, device: torch.device) -> None:

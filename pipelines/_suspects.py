@@ -100,7 +100,7 @@ def _scaled(case: Case) -> Iterator[Supposition]:
     said, stored = case.said, case.pairs.stored
     ratio = float((said * stored).sum() / max(float((said * said).sum()), 1e-12))
     if ratio > 0:
-        yield Supposition(f"they are divided by {1 / ratio:.3g}, as by a temperature", said * ratio, stored)
+        yield Supposition(f"they are divided by {1 / ratio:.2g}, as by a temperature", said * ratio, stored)
     for tau in TEMPERATURES:
         yield Supposition(f"probabilities (at temperature {tau:g}) are stored, not logits", shifted(softmax(said, tau)), stored)
 
@@ -227,12 +227,12 @@ def _swapped(case: Case, said: F64) -> Iterator[Supposition]:
         nearest = int(np.abs(found - said[n]).sum(1).argmin())
         at.append(n)
         stored.append(found[nearest])
-        held[int(there[nearest]), int(shards[n])] += 1
+        held[min(there[nearest], shards[n]), max(there[nearest], shards[n])] += 1
     if at:
         numbers = case.witness.joined.cache.shards
         a, b = held.most_common(1)[0][0]
-        text = f"each is that of the sample in the same place of another shard (shard {numbers[a]} holds those of shard {numbers[b]})"
-        yield Supposition(f"{text}: swapped shards", said[at], np.stack(stored))
+        text = f"each is that of the sample in the same place of another shard: shards {numbers[a]} and {numbers[b]} are swapped"
+        yield Supposition(text, said[at], np.stack(stored))
 
 
 def _earlier(case: Case) -> Iterator[Supposition]:

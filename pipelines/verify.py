@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kdprune_pipelines import _recheck, _workspace
+from kdprune_pipelines import _recheck
 from kdprune_pipelines._console import Outcome, bar, count, megabytes, say
 from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 
@@ -127,27 +127,9 @@ def _asked(config: VerifyConfig, manifest: Manifest) -> Asked | None:
         return None
     saved = open_model(config.teacher)
     _recheck.check_asked(config.artefact, manifest, saved)
-    data = Dataset.open(config.data or _data_of(config.artefact, manifest))
+    data = Dataset.open(config.data or _recheck.data_of(config.artefact, manifest))
     data.same_classes(saved.manifest.classes, str(saved.folder))
     return Asked(saved, data)
-
-
-def _data_of(folder: Path, cache: Manifest) -> Path:
-    """The data set that a cache was made for, or else one chosen from it, by content. Raises UsageError when neither is here."""
-    there = [*_workspace.folders(_workspace.DATA), *_workspace.folders(_workspace.SUBSETS)]
-    about: list[tuple[Path, Manifest]] = []
-    for one in there:
-        try:
-            about.append((one, Manifest.read(one, kinds=("dataset", "subset"))))
-        except KdpruneError:  # some other, damaged folder is no concern of this cache's
-            continue
-    same = [one for one, found in about if found.content == cache.content]
-    part = [one for one, found in about if cache.content in _workspace.contents(found.as_input("data"))]
-    if not (same or part):
-        raise UsageError(f"no images of {folder} in data/ or subsets/ here: give the data set that it was made for with --data")
-    found = (same or part)[0]
-    say(f"data: {found}")
-    return found
 
 
 def _agreement(config: VerifyConfig, asked: Asked, faults: list[Fault]) -> _recheck.Agreement | None:
