@@ -60,19 +60,21 @@ class Scene:
     """The right cache, and its teacher, whom anything can be shown."""
 
     root: Path
+    of: Path = SUBSET
+    cache: Path = CACHE
 
     @cached_property
     def data(self) -> Dataset:
-        return Dataset.open(self.root / SUBSET)
+        return Dataset.open(self.root / self.of)
 
     @cached_property
     def whole(self) -> Whole:
-        cache = LogitCache.open(self.root / CACHE)
+        cache = LogitCache.open(self.root / self.cache)
         return {shard: [cached.read_view(cache, shard, view) for view in range(cache.views)] for shard in cache.shards}
 
     @cached_property
     def policy(self) -> views.Policy:
-        return views.Policy.from_dict(LogitCache.open(self.root / CACHE).policy)
+        return views.Policy.from_dict(LogitCache.open(self.root / self.cache).policy)
 
     def net(self, epoch: int | None = None) -> torch.nn.Module:
         return open_model(self.root / TEACHER).load(code=None, epoch=epoch).eval()
@@ -80,7 +82,7 @@ class Scene:
     def shown(self, shard: int, box: Geometry | None) -> torch.Tensor:
         """The images of a shard as a view shows them; without boxes as they are."""
         images = Images(self.data).get(self.data.rows_of(shard))
-        return views.evaluation(images, 8) if box is None else views.render(images, box, 8)
+        return views.evaluation(images, self.policy.size) if box is None else views.render(images, box, self.policy.size)
 
     def said(self, inputs: torch.Tensor, net: torch.nn.Module | None = None) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -127,9 +129,9 @@ def scene(workspace: Path) -> Scene:
     return Scene(workspace)
 
 
-def write(root: Path, name: str, whole: Mapping[int, list[ViewRows]]) -> Path:
+def write(root: Path, name: str, whole: Mapping[int, list[ViewRows]], beside: Path = CACHE) -> Path:
     """A cache beside the right one that holds something else, and knows no better: its counts and digests are those of what it holds."""
-    folder = Path(shutil.copytree(root / CACHE, root / "logits" / name))
+    folder = Path(shutil.copytree(root / beside, root / "logits" / name))
     for shard, each in whole.items():
         rows = table.read(folder / cached.rows_path(shard))
         right = [cached.top1(one.logits, indexing.labels_of(rows["label"])) for one in each]
@@ -425,6 +427,48 @@ def test_the_cause_is_named_of_a_coded_cache_too(scene: Scene, name: str) -> Non
     found = _recheck.recheck(witness, views=3, sample=256, seed=0, limits=limits)
     assert found.cause is not None
     assert said in found.cause
+
+
+# --- photographs of all sizes, whose views are resized
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory, kdprune: Cli, real_data: Path) -> Scene:
+    """100 photographs in 2 shards, seen at 32 pixels."""
+    root = tmp_path_factory.mktemp("photos")
+    for line in (
+        ["import", real_data / "photos/train.parquet", "--shard-samples", 50],
+        ["teacher", "--model", "resnet8", "--size", 32, "--steps", 12, "--batch", 16],
+        ["cache", "data/train", "--views", 2, "--dtype", "float16"],
+    ):
+        ran = kdprune(*line, cwd=root)
+        assert ran.code == 0, ran.err
+    return Scene(root, Path("data/train"), Path("logits/train--resnet8-s0"))
+
+
+@pytest.mark.parametrize("name", ["right", "shifted-1", "shards-with-boxes", "policy", "mirrored", "scale", "normalisation", "whole"])
+def test_photographs(photos: Scene, kdprune: Cli, name: str) -> None:
+    zero = lambda box: np.zeros_like(box.top)  # noqa: E731 - a line of its own
+
+    def whole(shard: int, _: int, box: Geometry) -> Geometry:
+        sizes = photos.data.sizes[photos.data.rows_of(shard)]
+        return Geometry(zero(box), zero(box), sizes[:, 0], sizes[:, 1], zero(box).astype(bool))
+
+    make, said = (REQUIRED | OTHERS).get(name, (lambda scene: scene.whole, ""))
+    if name == "scale":
+        make, said = of_policy(scale=(0.08, 1.0)), "another policy: they are of views with --scale 0.08 1"
+    if name == "whole":
+        make, said = (lambda scene: scene.of_boxes(whole)), "another policy: they are of whole images, without augmentation"
+    said = said.replace("shards 1 and 2", "shards 0 and 1")
+    made = make(photos) if name != "shards-with-boxes" else dict(zip((0, 1), (photos.whole[1], photos.whole[0]), strict=True))
+    folder = write(photos.root, name, made, photos.cache)
+    ran = kdprune("verify", folder, "--teacher", TEACHER, "--sample", 200, cwd=photos.root)
+    if name == "right":
+        assert ran.code == 0, ran.out
+        assert "200 soft labels asked of" in ran.out
+        return
+    assert ran.code == 1
+    assert said in ran.out
 
 
 # --- which teacher, which images
