@@ -158,8 +158,9 @@ def data_of(folder: Path, cache: Manifest) -> Path:
     return found
 
 
-def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: int, device: torch.device) -> None:
-    """Before a training with a cache: ask its teacher again about a few of the soft labels that are used, if the teacher is in `teachers/`.
+def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: int, device: torch.device, given: Path | None = None) -> None:
+    """Before a training with a cache: ask its teacher again about a few of the soft labels that are used, if it is at hand: `given`, or in
+    `teachers/`.
 
     Says what came of it; silent where the teacher is not there, there are several, or it is the user's own function. Raises MismatchError
     where soft labels are not what the teacher says.
@@ -167,7 +168,7 @@ def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: in
     from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.stream import CachedViews
 
-    saved = _at_hand(cache) if sample and isinstance(shown, CachedViews) else None
+    saved = _at_hand(cache, given) if sample and isinstance(shown, CachedViews) else None
     if saved is None or not isinstance(shown, CachedViews):
         return
     try:
@@ -183,10 +184,10 @@ def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: in
     say(f"{count(found.pairs, 'soft label')} asked of {saved.folder} again: {figures}")
 
 
-def _at_hand(cache: LogitCache) -> Saved | None:
-    """The cache's teacher, where the workspace has it and it is a network of a known kind."""
+def _at_hand(cache: LogitCache, given: Path | None) -> Saved | None:
+    """The cache's teacher, where it is given or the workspace has it, and it is a network of a known kind."""
     makers = [one["digest"] for one in cache.manifest.inputs if one["role"] == "teacher"]
-    for folder in _workspace.folders(_workspace.TEACHERS) if len(makers) == 1 else ():
+    for folder in [*([] if given is None else [given]), *_workspace.folders(_workspace.TEACHERS)] if len(makers) == 1 else ():
         try:
             if Manifest.read(folder).digest == makers[0]:
                 saved = open_model(folder)

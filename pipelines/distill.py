@@ -122,7 +122,7 @@ def run(config: DistillConfig) -> Outcome:
             say("already done")
             return _fit.outcome(folder, build.done)
         if cache is not None and lesson.alpha:
-            _recheck.at_start(cache, lesson.views, images, sample=config.check_labels, device=device)
+            _recheck.at_start(cache, lesson.views, images, sample=config.check_labels, device=device, given=config.teacher)
         job = replace(_job(config, lesson, images, student, _fit.validation(val, data)), board=board)
         _fit.announce(config.model, job.training)
         made = build.seal(counts=_fit.train(job, build), classes=data.classes, content=data.manifest.content)

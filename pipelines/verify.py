@@ -128,7 +128,8 @@ def _asked(config: VerifyConfig, manifest: Manifest) -> Asked | None:
     saved = open_model(config.teacher)
     _recheck.check_asked(config.artefact, manifest, saved)
     data = Dataset.open(config.data or _recheck.data_of(config.artefact, manifest))
-    data.same_classes(saved.manifest.classes, str(saved.folder))
+    for classes, whose in ((manifest.classes, config.artefact), (saved.manifest.classes, saved.folder)):
+        data.same_classes(classes, str(whose))
     return Asked(saved, data)
 
 

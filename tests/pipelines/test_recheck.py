@@ -547,6 +547,15 @@ def test_logits_from_elsewhere_and_of_several_teachers(workspace: Path, kdprune:
             _recheck.check_asked(folder, found, saved)
 
 
+def test_classes_of_another_order_in_the_manifest(workspace: Path, tmp_path: Path, kdprune: Cli) -> None:
+    folder = Path(shutil.copytree(workspace / CACHE, tmp_path / "x"))
+    manifest = Manifest._parse(folder / "manifest.json")
+    (folder / "manifest.json").write_bytes(replace(manifest, classes=[*manifest.classes[1:], manifest.classes[0]]).to_json())
+    ran = kdprune("verify", folder, "--teacher", TEACHER, cwd=workspace)
+    assert ran.code == 1
+    assert "use data with the same classes in the same order" in ran.err
+
+
 @pytest.fixture
 def own(workspace: Path, tmp_path: Path, kdprune: Cli, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace whose teacher is the user's own function."""
@@ -645,6 +654,8 @@ def test_without_the_teacher_there_is_silence(workspace: Path, tmp_path: Path, k
     ran = kdprune("distill", *SHORT, "--name", "found", cwd=tmp_path)
     assert ran.code == 0
     assert "32 soft labels asked of teachers/renamed again" in ran.err
+    given = ["--teacher", workspace / TEACHER, "--name", "given"]
+    assert f"asked of {workspace / TEACHER} again" in kdprune("distill", *SHORT, *given, cwd=tmp_path).err
     path = tmp_path / "teachers/renamed/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     ran = kdprune("distill", *SHORT, "--name", "damaged", cwd=tmp_path)
