@@ -76,7 +76,10 @@ def _steps(command: str, title: str, config: Config, made: Sequence[Step]) -> It
 def _combinations(command: str, config: Config, made: Sequence[Step]) -> Iterator[dict[str, Link]]:
     paths = {option: path for option in INPUTS if (path := given(config, option))}
     named = {option: link for option, path in paths.items() if (link := linked(path, made))}
+    asks = command == "verify" and getattr(config, "teacher", None) is not None
     ways = {option: links for option in _open(command, config) if (links := _makers(command, option, made))}
+    if asks and "artefact" in ways:  # about soft labels
+        ways["artefact"] = [link for link in ways["artefact"] if made[link.step].command == "cache"]
     for one in product(*ways.values()):
         chosen = named | dict(zip(ways, one, strict=True))
         caches = _caches(Step(command, "", config, chosen), made) if command == "distill" else []
@@ -92,6 +95,8 @@ def _open(command: str, config: Any) -> Iterator[str]:
         if not is_input or getattr(config, option) not in (None, UNSET):
             continue
         if (option == "scores" and not needs_scores(config)) or (command == "distill" and option == "teacher"):
+            continue
+        if command == "verify" and option != "artefact":  # it asks a teacher only where its section names one
             continue
         yield option
 

@@ -58,8 +58,12 @@ def one(given: Path | None, usual: Path, option: str, fits: Fits = lambda _: Tru
 
 def candidates(usual: Path, fits: Fits = lambda _: True) -> list[Path]:
     """The finished, fitting artefacts in a usual place, by name; their files are checked when one of them is opened."""
-    folders = sorted(p.parent for p in usual.glob(f"*/{NAME}") if not p.parent.name.startswith(".")) if usual.is_dir() else []
-    return [folder for folder in folders if fits(Manifest.read(folder))]
+    return [folder for folder in folders(usual) if fits(Manifest.read(folder))]
+
+
+def folders(usual: Path) -> list[Path]:
+    """The folders in a usual place that have a manifest, by name; nothing of them is checked."""
+    return sorted(p.parent for p in usual.glob(f"*/{NAME}") if not p.parent.name.startswith(".")) if usual.is_dir() else []
 
 
 def plain_name(name: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdprune_pipelines import _fit, _preview, _recipes, _training, _workspace
+from kdprune_pipelines import _fit, _preview, _recheck, _recipes, _training, _workspace
 from kdprune_pipelines._console import Outcome, say
 from kdprune_pipelines._fit import Validation
 from kdprune_pipelines._models import plain
@@ -55,6 +55,7 @@ class DistillConfig(TrainingConfig):
     views: int | None = option(None, help="Use the first N views in turn; default all cached, or a new one every epoch.", least=1)
     view_seed: int | None = option(None, help="Seed of the views; default the cache's, or --seed.", least=0)
     sample_weights: str = option("use", help="The subset's weights of its samples, where its method gives any.", choices=("use", "ignore"))
+    check_labels: int = option(32, help="Ask the teacher, where it is in teachers/, for so many soft labels again first; 0: none.", least=0)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def run(config: DistillConfig) -> Outcome:
         if build.done is not None:
             say("already done")
             return _fit.outcome(folder, build.done)
+        if cache is not None and lesson.alpha:
+            _recheck.at_start(cache, lesson.views, images, sample=config.check_labels, device=device, given=config.teacher)
         job = replace(_job(config, lesson, images, student, _fit.validation(val, data)), board=board)
         _fit.announce(config.model, job.training)
         made = build.seal(counts=_fit.train(job, build), classes=data.classes, content=data.manifest.content)

@@ -136,8 +136,9 @@ def _check(step: Step, steps: Sequence[Step]) -> None:
 
 
 def _unmet(step: Step) -> set[str]:
-    """The inputs that neither the section gives nor the recipe makes."""
-    return {n for n in field_types(type(step.config)) if getattr(step.config, n) in (None, UNSET) and n not in step.links}
+    """The inputs that neither the section gives nor the recipe makes. (`verify` needs a teacher and data only where it names one.)"""
+    lacking = {n for n in field_types(type(step.config)) if getattr(step.config, n) in (None, UNSET) and n not in step.links}
+    return lacking - {"teacher", "data"} if step.command == "verify" else lacking
 
 
 class Chain:
@@ -189,7 +190,8 @@ class Chain:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""
         made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
         config: Any = dataclasses.replace(step.config, **made)
-        if "code" in field_types(type(config)) and config.code is None and self._config.code:
+        asks = step.command != "verify" or config.teacher is not None
+        if asks and "code" in field_types(type(config)) and config.code is None and self._config.code:
             folder = config.model if step.command == "evaluate" else config.teacher
             with quiet():
                 folder = folder or _workspace.one(None, _workspace.TEACHERS, "--teacher")

@@ -4,25 +4,29 @@
 2. Every file: there, its size, its sha256; side files and those outside too.
 3. Inside: tars against the index, images against their digests, logits against their rows, geometry against the policy, weights against the
    architecture.
+4. With `--teacher`, of a logit cache: some of its soft labels are asked for again, and where they are others the likely cause is named.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from kdprune_pipelines._console import Outcome, bar, count, megabytes
+from kdprune_pipelines import _recheck
+from kdprune_pipelines._console import Outcome, bar, count, megabytes, say
 from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 
 from kdprune_data import order
 from kdprune_data.config import Config, option
-from kdprune_data.errors import FormatError, KdpruneError, SourceError
+from kdprune_data.errors import FormatError, KdpruneError, SourceError, UsageError
 from kdprune_data.formats import check, check_data, logit_files
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
+from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache, read_view
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.members import root_config
@@ -35,32 +39,123 @@ class VerifyConfig(Config):
     """Settings of `verify`."""
 
     artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores or logit cache.", argument=True)
+    teacher: Path | None = option(None, help="Of a logit cache: the folder of its teacher, which is asked again about some soft labels.")
+    sample: int = option(256, help="How many soft labels the teacher is asked about.", least=1, most=1_000_000)
+    data: Path | None = option(None, help="The images to show the teacher; default the data set of the cache, in data/ or subsets/.")
+    seed: int = option(0, help="Seed of the choice of soft labels.", least=0)
+    code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
+    device: str = option("auto", help="Where the teacher computes.", choices=("auto", "cpu", "cuda", "mps"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A logit cache's teacher, and images that it can be asked about."""
+
+    saved: Saved
+    data: Dataset
 
 
 def run(config: VerifyConfig) -> Outcome:
-    """Check an artefact. Raises UsageError when the folder is none; faults are in the outcome."""
-    faults: list[Fault] = []
-    manifest = None
-    try:
-        manifest = Manifest.load(config.artefact)
-        with bar("verify", total=None, unit="B") as progress:
-            faults += check.files(config.artefact, manifest, progress.update)
-        with bar("look inside", total=None) as progress:
-            faults += _inside(config.artefact, manifest, progress.update, damaged=bool(faults))
-    except (FormatError, SourceError) as error:
-        faults.append(Fault(str(config.artefact), str(error)))
-    facts = {"folder": str(config.artefact), "ok": not faults, "faults": [str(f) for f in faults]}
+    """Check an artefact; faults are in the outcome.
+
+    Raises UsageError when the folder is none, or options are not for it, MismatchError when the teacher or the data are not the cache's.
+    """
+    manifest, faults = _manifest(config.artefact)
+    agreement = None
+    if manifest is not None:
+        asked = _asked(config, manifest)
+        faults, damaged = _faults(config.artefact, manifest)
+        agreement = None if asked is None or damaged else _agreement(config, asked, faults)
+    facts: dict[str, Any] = {"folder": str(config.artefact), "ok": not faults, "faults": [str(f) for f in faults]}
+    if agreement is not None:
+        facts["asked"] = {"teacher": str(config.teacher), "seed": config.seed} | agreement.facts()
     if not faults and manifest is not None:
-        files = [*manifest.files, *manifest.side, *manifest.outside]
-        size = megabytes(sum(f.bytes for f in files))
-        what = f"{manifest.kind} {manifest.name!r}, {count(len(files), 'file')}, {size}"
-        text = f"{config.artefact}: whole: {what}, digest {manifest.digest[:12]}"
-        if manifest.kind in ("dataset", "subset") and not root_config(manifest.as_input("data")).get("digests", True):
-            text += "; indexed without digests: an image that was replaced by another of its size is not noticed"
-        return Outcome(config.artefact, facts, text)
+        return Outcome(config.artefact, facts, _whole(config, manifest, agreement))
     more = [f"and {len(faults) - SHOWN:,} more (all with --json)"] if len(faults) > SHOWN else []
     text = "\n".join([f"{config.artefact}: {count(len(faults), 'fault')}", *(f"  {f}" for f in faults[:SHOWN]), *more])
     return Outcome(config.artefact, facts, text, ok=False)
+
+
+def _manifest(folder: Path) -> tuple[Manifest | None, list[Fault]]:
+    """A folder's manifest, or what is wrong with it. Raises UsageError when the folder is no artefact."""
+    try:
+        return Manifest.load(folder), []
+    except FormatError as error:
+        return None, [Fault(str(folder), str(error))]
+
+
+def _faults(folder: Path, manifest: Manifest) -> tuple[list[Fault], bool]:
+    """What is wrong with an artefact, and whether bytes of it are: then what they say is not worth comparing."""
+    faults: list[Fault] = []
+    try:
+        with bar("verify", total=None, unit="B") as progress:
+            faults += check.files(folder, manifest, progress.update)
+        damaged = bool(faults)
+        with bar("look inside", total=None) as progress:
+            faults += _inside(folder, manifest, progress.update, damaged=damaged)
+    except (FormatError, SourceError) as error:
+        return [*faults, Fault(str(folder), str(error))], True
+    return faults, damaged
+
+
+def _whole(config: VerifyConfig, manifest: Manifest, agreement: _recheck.Agreement | None) -> str:
+    """What is said of an artefact without a fault."""
+    files = [*manifest.files, *manifest.side, *manifest.outside]
+    size = megabytes(sum(f.bytes for f in files))
+    what = f"{manifest.kind} {manifest.name!r}, {count(len(files), 'file')}, {size}"
+    text = f"{config.artefact}: whole: {what}, digest {manifest.digest[:12]}"
+    if manifest.kind in ("dataset", "subset") and not root_config(manifest.as_input("data")).get("digests", True):
+        text += "; indexed without digests: an image that was replaced by another of its size is not noticed"
+    if agreement is not None:
+        text += f"; {count(agreement.pairs, 'soft label')} asked of {config.teacher} again: {agreement.text}"
+    elif manifest.kind == "logits":
+        text += "; its teacher was not asked: --teacher DIR asks it again about some soft labels"
+    return text
+
+
+def _asked(config: VerifyConfig, manifest: Manifest) -> Asked | None:
+    """The teacher to ask, and the data to ask about; None where no teacher is given.
+
+    Raises UsageError for options without use and where no data are found, MismatchError when the teacher or the data are not the cache's.
+    """
+    given = [f.name for f in fields(config) if f.name != "artefact" and getattr(config, f.name) != f.default]
+    if given and manifest.kind != "logits":
+        raise UsageError(f"--{given[0]} is for logit caches, and {config.artefact} is of kind {manifest.kind}: leave it out")
+    if config.teacher is None:
+        if given:
+            raise UsageError(f"--{given[0]} is for asking a teacher, and none is given: add --teacher DIR, or leave it out")
+        return None
+    saved = open_model(config.teacher)
+    _recheck.check_asked(config.artefact, manifest, saved)
+    data = Dataset.open(config.data or _recheck.data_of(config.artefact, manifest))
+    for classes, whose in ((manifest.classes, config.artefact), (saved.manifest.classes, saved.folder)):
+        data.same_classes(classes, str(whose))
+    return Asked(saved, data)
+
+
+def _agreement(config: VerifyConfig, asked: Asked, faults: list[Fault]) -> _recheck.Agreement | None:
+    """Ask the teacher again; a fault is added where it says something else. None where other faults leave nothing to ask about."""
+    from kdprune_data.learn.inference import Predictor, choose_device
+    from kdprune_data.learn.stream import Images
+
+    saved, device = asked.saved, choose_device(config.device)
+    net = saved.load(code=config.code)
+    try:
+        cache = LogitCache.open(config.artefact)
+        witness = _recheck.Witness(
+            cache.join(asked.data), Images(asked.data), saved, Predictor(net, saved.normalisation, int(cache.policy["size"]), device)
+        )
+        total = min(config.sample, len(asked.data.usable()) * cache.views)
+        with bar("ask the teacher", total=total, unit="soft label") as progress:
+            found = _recheck.recheck(witness, views=cache.views, sample=total, seed=config.seed, tick=progress.update)
+    except KdpruneError as error:
+        if not faults:
+            raise
+        say(f"the teacher could not be asked: {error}")
+        return None
+    if found.fault is not None:
+        faults.append(Fault(str(config.artefact), found.fault))
+    return found
 
 
 def _inside(folder: Path, manifest: Manifest, tick: Tick, *, damaged: bool) -> Iterator[Fault]:

@@ -190,8 +190,13 @@ def _measure(
 
 def mean_kl(full: NDArray[np.floating], stored: NDArray[np.floating], temperature: float) -> float:
     """Mean KL(full || stored) of softmax at a temperature, in nats. full, stored: logits, of shape (..., c)."""
+    return float(kl(full, stored, temperature).mean())
+
+
+def kl(full: NDArray[np.floating], stored: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    """KL(full || stored) of softmax at a temperature, in nats: logits of shape (..., c) twice to float64 of shape (...)."""
     p, q = log_softmax(full, temperature), log_softmax(stored, temperature)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    return np.asarray((np.exp(p) * (p - q)).sum(-1))
 
 
 def log_softmax(logits: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
