@@ -27,7 +27,7 @@ from kdprune_data.formats import check, check_data, logit_files
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.logits import LogitCache, read_view
+from kdprune_data.formats.logits import LogitCache, boxes_of
 from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.members import root_config
 
@@ -206,7 +206,7 @@ def _logits(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
         uids = order.uids_of(ids)
         sizes = np.stack([rows["height"].to_numpy(), rows["width"].to_numpy()], 1)
         for view in range(cache.views):
-            found = read_view(cache, shard, view)
+            found = boxes_of(cache, shard, view)
             drawn = views.geometry(policy, uids, sizes, view)
             near = [np.abs(getattr(found, side) - getattr(drawn, side)) <= off for side in logit_files.GEOMETRY]
             same = np.all([*near, found.flip == drawn.flip], axis=0)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kdprune_data import order
 from kdprune_data.errors import some
 from kdprune_data.formats import dynamics, indexing, journal, logit_files, subset, table
 from kdprune_data.formats import manifest as m
@@ -114,30 +115,35 @@ def _vectors(folder: Path, part: str, samples: int, manifest: Manifest) -> Itera
 def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
     """A logit cache: every view of every shard belongs to its rows, its teacher and its policy, and its labels are where they were."""
     cache = LogitCache.open(folder)
-    total = 0
+    total, first, uids = 0, min(p[1] for p in cache.parts if p[0] == 0), []
     for shard in cache.shards:
-        rows = cache.rows(shard)
+        rows, where = cache.rows(shard), str(folder / logit_files.rows_path(shard))
         total += len(rows)
-        labels, first = indexing.labels_of(rows["label"]), min(p[1] for p in cache.parts if p[0] == 0)
-        correct = np.zeros(len(rows), np.int32)
+        ids, labels = rows["id"].to_pylist(), indexing.labels_of(rows["label"])
+        uids.append(order.uids_of(ids))
         if labels.max(initial=-1) >= len(manifest.classes):
-            yield Fault(str(folder / logit_files.rows_path(shard)), f"has label {labels.max()}, of {len(manifest.classes)} classes")
+            yield Fault(where, f"has label {labels.max()}, of {len(manifest.classes)} classes")
+        if rows["height"].null_count or rows["width"].null_count:
+            yield Fault(where, "has images without a height or width")
+        correct = np.zeros(len(rows), np.int32)
         for view in range(cache.views):
             found = read_view(cache, shard, view)
             correct += logit_files.top1(found.logits, labels) & (view <= first)
-            ids = rows["id"].to_pylist()
-            where = f"{folder} view {view} of shard {shard}"
             values = found.logits.astype(np.float32)
             off = np.flatnonzero(~np.isfinite(values).all(1) | (values.max(1) != 0))
             if len(off):
-                yield Fault(where, f"the logits of {some(ids[n] for n in off[:3])} are not finite with largest value 0")
+                what = f"the logits of {some(ids[n] for n in off[:3])} are not finite with largest value 0"
+                yield Fault(f"{folder} view {view} of shard {shard}", what)
             tick(len(rows))
         wrong = np.flatnonzero(correct != rows["top1_correct"].to_numpy())
         if len(wrong):
-            where = str(folder / logit_files.rows_path(shard))
             yield Fault(where, f"the top1_correct of {some(ids[n] for n in wrong[:4])} is not what its first {first + 1} views give")
-    if total != manifest.counts["samples"]:
-        yield Fault(str(folder), f"has {total:,} rows, the manifest says {manifest.counts['samples']:,} samples")
+    if order.first_repeat(np.concatenate(uids)) is not None:
+        yield Fault(str(folder), "has two rows of one id")
+    counts = {"samples": total, "views": cache.views, "classes": len(manifest.classes)}
+    for name, counted in counts.items():
+        if manifest.counts.get(name) != counted:
+            yield Fault(str(folder), f"has {counted:,} {name}, the manifest says {manifest.counts.get(name)}")
 
 
 def training_dynamics(folder: Path, manifest: Manifest) -> Iterator[Fault]:

@@ -66,6 +66,11 @@ class Boxes(NamedTuple):
 class Stored(Protocol):
     """The logits of one view of n samples, as they are stored."""
 
+    @property
+    def kind(self) -> tuple[str, int]:
+        """The `dtype` of a manifest, and c."""
+        ...
+
     def __len__(self) -> int:
         """n."""
         ...
@@ -80,6 +85,11 @@ class Plain:
     """Logits read by memory map."""
 
     values: NDArray[np.floating]
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """See `Stored`."""
+        return str(self.values.dtype), self.values.shape[1]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -96,6 +106,11 @@ class Coded:
     book: Codebook
     base: NDArray[np.int16]
     residual: NDArray[np.int8]
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """See `Stored`."""
+        return CODED, self.book.vectors.shape[1]
 
     def __len__(self) -> int:
         return len(self.residual)
@@ -264,17 +279,21 @@ def metadata_of(reader: Any) -> dict[str, str]:
     return {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
 
 
+def view_boxes(batch: pa.RecordBatch, *, coded: bool) -> Boxes:
+    """The boxes of one view of a plain or coded file."""
+    return _boxes([_only_row(batch, name) if coded else batch.column(name) for name in (*GEOMETRY, "flip")])
+
+
 def plain_view(batch: pa.RecordBatch) -> tuple[Boxes, Plain]:
     """One view of a plain file."""
     logits = batch.column("logits").flatten().to_numpy().reshape(len(batch), -1)
-    return _boxes([batch.column(name) for name in (*GEOMETRY, "flip")]), Plain(logits)
+    return view_boxes(batch, coded=False), Plain(logits)
 
 
 def coded_view(batch: pa.RecordBatch, book: Codebook, base: NDArray[np.int16]) -> tuple[Boxes, Coded]:
     """One view of a coded file. Raises ValueError where its numbers are not as many as the base's rows."""
-    boxes = _boxes([_only_row(batch, name) for name in (*GEOMETRY, "flip")])
     residual = _only_row(batch, "residual").to_numpy().reshape(book.directions, -1)
-    return boxes, Coded(book, base, np.ascontiguousarray(np.asarray(residual, np.int8).T))
+    return view_boxes(batch, coded=True), Coded(book, base, np.ascontiguousarray(np.asarray(residual, np.int8).T))
 
 
 def read_base(reader: Any, book: Codebook) -> NDArray[np.int16]:

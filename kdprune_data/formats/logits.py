@@ -43,13 +43,14 @@ from kdprune_data.formats.logit_files import (
     rows_digest,
     rows_path,
     shard_of,
+    view_boxes,
     view_path,
     views_of,
 )
 from kdprune_data.formats.lowrank import Codebook
 from kdprune_data.formats.manifest import Manifest
 
-__all__ = ["Joined", "LogitCache", "Opened", "normalisation_of", "open_view", "read_view"]
+__all__ = ["Joined", "LogitCache", "Opened", "boxes_of", "normalisation_of", "open_view", "read_view"]
 OPEN_VIEWS = 64
 """Views of shards that a join holds open: a group of 16 shards that are trained in turn, and the next."""
 K = TypeVar("K")
@@ -102,6 +103,8 @@ class LogitCache:
         covered = sorted({(a, b) for a, b, _ in cache.parts})
         if [v for a, b in covered for v in range(a, b + 1)] != list(range(cache.views)):
             raise FormatError(f"{folder} says {cache.views} views, its files hold {covered}: run cache again, or fetch it again")
+        if len(cache.parts) != len(covered) * len(cache.shards):
+            raise FormatError(f"{folder} does not hold every range of views of every shard: run cache again, or fetch it again")
         return cache
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -290,6 +293,16 @@ def read_view(cache: LogitCache, shard: int, view: int) -> ViewRows:
     return opened.take(np.arange(len(opened.logits)))
 
 
+def boxes_of(cache: LogitCache, shard: int, view: int) -> Boxes:
+    """The boxes of one view of a shard, read without its logits. Raises FormatError for a file that is not as its format says."""
+    first, last, _ = next(p for p in cache.parts if p[2] == shard and p[0] <= view <= p[1])
+    path = cache.folder / view_path(first, last, shard)
+    try:
+        return view_boxes(table.ipc_open(path).get_batch(view - first), coded=cache.coded)
+    except BROKEN as error:
+        raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
+
+
 def open_view(cache: LogitCache, shard: int, view: int, checked: set[object] | None = None) -> Opened:
     """One view of a shard, plain logits as a memory map. `checked` holds what was checked before, once for all views and each view.
 
@@ -304,11 +317,16 @@ def open_view(cache: LogitCache, shard: int, view: int, checked: set[object] | N
         metadata = metadata_of(reader)
         if name not in checked:
             _check_view(cache, shard, path, metadata)
+            if metadata["views"] != f"{first},{last}" or reader.num_record_batches != last - first + 1:
+                raise ValueError(metadata["views"])
         batch = reader.get_batch(view - first)
         boxes, logits = coded_view(batch, cache.codebook, cache.base_of(shard)) if cache.coded else plain_view(batch)
         recorded = int(json.loads(metadata["top1_correct"])[view - first])
     except BROKEN as error:
         raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
+    kind, shape = logits.kind
+    if kind != cache.manifest.config["dtype"] or shape != len(cache.manifest.classes):
+        raise FormatError(f"{path} holds {kind} logits of {shape:,} classes, the manifest says otherwise: make or fetch it again")
     if len(logits) != len(rows.table) or len(boxes.top) != len(rows.table):
         raise FormatError(f"{path} has {len(logits):,} rows, {rows_path(shard)} has {len(rows.table):,}: make or fetch it again")
     if (name, view) not in checked:
