@@ -129,6 +129,10 @@ def _check(step: Step, steps: Sequence[Step]) -> None:
         from kdprune_data.learn import models
 
         models.resolve(config.model, classes=2, size=config.size or 224, stem=config.stem, norm=config.norm)
+    if step.command == "distill":
+        from kdprune_data.learn.soft import Soft
+
+        Soft.choose(config.loss, config.set)
     if step.command == "score":
         _checks.check_scores(step, steps)
     if step.command == "select":
@@ -190,7 +194,9 @@ class Chain:
         made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
         config: Any = dataclasses.replace(step.config, **made)
         if "code" in field_types(type(config)) and config.code is None and self._config.code:
-            folder = config.model if step.command == "evaluate" else config.teacher
+            folder = getattr(config, {"evaluate": "model", "distill": "live"}.get(step.command, "teacher"))
+            if folder is None and step.command == "distill":  # no teacher is run
+                return config
             with quiet():
                 folder = folder or _workspace.one(None, _workspace.TEACHERS, "--teacher")
             name = Manifest.load(folder, kinds=("model",)).config["architecture"]["name"]
