@@ -242,7 +242,7 @@ def _asked_teacher(config: DistillConfig) -> str | None:
     """The digest of the teacher whose cache is asked for, by --teacher or --live. Raises UsageError when they name two."""
     named = [Manifest.load(folder, kinds=("model",)).digest for folder in (config.teacher, config.live) if folder is not None]
     if len(set(named)) > 1:
-        raise UsageError(f"--teacher {config.teacher} and --live {config.live} are two teachers: leave out --teacher, or give one twice")
+        raise UsageError(f"--teacher {config.teacher} and --live {config.live} are two teachers: leave out --teacher, or name the same one")
     return named[0] if named else None
 
 

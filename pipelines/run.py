@@ -193,10 +193,9 @@ class Chain:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""
         made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
         config: Any = dataclasses.replace(step.config, **made)
-        if "code" in field_types(type(config)) and config.code is None and self._config.code:
+        asks = "code" in field_types(type(config)) and config.code is None and self._config.code
+        if asks and (step.command != "distill" or config.live):  # a student of a cache runs no teacher
             folder = getattr(config, {"evaluate": "model", "distill": "live"}.get(step.command, "teacher"))
-            if folder is None and step.command == "distill":  # no teacher is run
-                return config
             with quiet():
                 folder = folder or _workspace.one(None, _workspace.TEACHERS, "--teacher")
             name = Manifest.load(folder, kinds=("model",)).config["architecture"]["name"]

@@ -109,7 +109,8 @@ def _pearson(a: Tensor, b: Tensor, share: Tensor, dim: int) -> Tensor:
     root = share.sqrt()
     # Norms, for their gradient at 0 is 0, where that of a square root is infinite.
     spread = torch.linalg.vector_norm(root * a, dim=dim) * torch.linalg.vector_norm(root * b, dim=dim)
-    return (share * a * b).sum(dim) / (spread + SPREAD)
+    found: Tensor = (share * a * b).sum(dim) / (spread + SPREAD)
+    return found
 
 
 def mse(of: Taught, _: Settings) -> Tensor:
