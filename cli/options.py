@@ -23,7 +23,7 @@ from kdprune_data.config import Config, field_types
 from kdprune_data.errors import KdpruneError, UsageError
 
 SETTINGS = Path("kdprune.toml")
-FOLDERS = {"artefact", "data", "logits", "model", "out", "subset", "teacher", "test", "train", "val"}
+FOLDERS = {"artefact", "data", "live", "logits", "model", "out", "subset", "teacher", "test", "train", "val"}
 OR_WORDS = {"logits", "scores", "source"}
 """For completion: the paths that are folders (others may be files), and the options that take a path or a word."""
 METAVARS = {"frac": "FRACTION", "set": "NAME=VALUE", "where": "EXPRESSION"}

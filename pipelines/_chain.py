@@ -127,13 +127,14 @@ def _makers(command: str, option: str, made: Sequence[Step]) -> list[Link]:
 
 def _caches(student: Step, made: Sequence[Step]) -> list[int]:
     """The recipe's caches for a student: those of its subset, else those of the data that the subset is chosen from; of its teacher, where
-    the section names one."""
+    the section names one, cached or live."""
     config: Any = student.config
     if config.logits is not None:
         return []
     caches = [n for n, step in enumerate(made) if step.command == "cache"]
-    if config.teacher is not None:
-        caches = [n for n in caches if same(found_of(made[n], "teacher"), config.teacher, made)]
+    for named in (config.teacher, config.live):
+        if named is not None:
+            caches = [n for n in caches if same(found_of(made[n], "teacher"), named, made)]
     wanted = found_of(student, "subset")
     while True:
         found = [n for n in caches if same(found_of(made[n], "subset"), wanted, made)]

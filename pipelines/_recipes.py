@@ -24,8 +24,9 @@ C = TypeVar("C", bound=Config)
 SUFFIX = ".toml"
 ORDER = ("import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "verify")
 """The commands that a recipe may hold a section for, in the order of work."""
-WAYS, OF_METHOD = ("method", "column"), ("set", "keep", "skip_hardest", "hard", "memory")
-"""Options of `select` that name a method, and those that belong to the one that is named."""
+WAYS = {"select": ("method", "column"), "distill": ("loss",)}
+OF_WAY = {"select": ("set", "keep", "skip_hardest", "hard", "memory"), "distill": ("set",)}
+"""Options of a command that name a method (or a loss), and those that belong to the one that is named."""
 CODE = ("model", "code")
 """Options that may name a function of the user's own to run: such a name is taken from the command line alone."""
 
@@ -148,8 +149,8 @@ class Settled:
 def settle(command: str, config: type[Config], given: Mapping[str, Any], file: Recipe | None = None) -> Settled:
     """The options of one command, lowest first: the recipe that `file` (kdprune.toml) names, `file` itself, the recipe that is given, what
     is given (on the command line). A layer that gives `epochs` and no `steps` ends the `steps` of those below it, which would outdo them;
-    one that gives `select` another method ends what goes with the method of those below. `scores` of a file that are not read are left out.
-    Defaults are left to the caller; `recipe` itself is none of the result.
+    one that gives `select` another method, or `distill` another loss, ends what goes with that of those below. `scores` of a file that are
+    not read are left out. Defaults are left to the caller; `recipe` itself is none of the result.
 
     Raises UsageError for what cannot be, and for a function to run that only a file names.
     """
@@ -164,8 +165,8 @@ def settle(command: str, config: type[Config], given: Mapping[str, Any], file: R
     ):
         if "epochs" in layer and "steps" not in layer:
             values.pop("steps", None)
-        for key in _ended(values, layer) if command == "select" else ():
-            detail(f"{key} = {values.pop(key)} of {origins[key]} goes with another method: left out")
+        for key in _ended(command, values, layer):
+            detail(f"{key} = {values.pop(key)} of {origins[key]} goes with another {WAYS[command][0]}: left out")
         values |= layer
         origins |= dict.fromkeys(layer, where)
     settled = Settled(values, {key: where for key, where in origins.items() if key in values and key not in given})
@@ -177,12 +178,13 @@ def settle(command: str, config: type[Config], given: Mapping[str, Any], file: R
     return settled
 
 
-def _ended(below: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:
-    """What of a selection's options goes with the method that they name, where a layer above names another."""
-    named, now = ({key: of[key] for key in WAYS if key in of} for of in (below, layer))
+def _ended(command: str, below: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:
+    """What of a command's options goes with the method (or loss) that they name, where a layer above names another."""
+    ways = WAYS.get(command, ())
+    named, now = ({key: of[key] for key in ways if key in of} for of in (below, layer))
     if not named or not now or now.items() <= named.items():
         return []
-    return [key for key in (*WAYS, *OF_METHOD, *(["scores"] if "column" in below else [])) if key in below]
+    return [key for key in (*ways, *OF_WAY[command], *(["scores"] if "column" in below else [])) if key in below]
 
 
 def _reads_none(config: type[Config], values: Mapping[str, Any]) -> bool:

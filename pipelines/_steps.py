@@ -29,7 +29,7 @@ USUAL = {
     "distill": _workspace.STUDENTS,
 }
 UNSET = Path("made-by-an-earlier-step")
-INPUTS = ("data", "val", "subset", "teacher", "scores", "model", "artefact", "keys", "weights", "init", "logits")
+INPUTS = ("data", "val", "subset", "teacher", "scores", "model", "artefact", "keys", "weights", "init", "logits", "live")
 """The options that name what a step reads, where their value is a path."""
 UNKNOWN = "*"
 
@@ -187,7 +187,8 @@ def _alpha(step: Step, made: Sequence[Step]) -> str:
             return f"{float(config.alpha):g}"
         except ValueError:
             return str(config.alpha)  # which the command refuses
-    if config.logits == "none" or not (input_of(step, "logits") or _workspace.candidates(_workspace.LOGITS)):
+    cached = config.logits != "none" and (input_of(step, "logits") or _workspace.candidates(_workspace.LOGITS))
+    if not (cached or config.live):
         return "0"
     from kdprune_data.learn.losses import auto_alpha  # which imports torch
 

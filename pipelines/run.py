@@ -129,6 +129,10 @@ def _check(step: Step, steps: Sequence[Step]) -> None:
         from kdprune_data.learn import models
 
         models.resolve(config.model, classes=2, size=config.size or 224, stem=config.stem, norm=config.norm)
+    if step.command == "distill":
+        from kdprune_data.learn.soft import Soft
+
+        Soft.choose(config.loss, config.set)
     if step.command == "score":
         _checks.check_scores(step, steps)
     if step.command == "select":
@@ -190,9 +194,10 @@ class Chain:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""
         made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
         config: Any = dataclasses.replace(step.config, **made)
-        asks = step.command != "verify" or config.teacher is not None
-        if asks and "code" in field_types(type(config)) and config.code is None and self._config.code:
-            folder = config.model if step.command == "evaluate" else config.teacher
+        asks = "code" in field_types(type(config)) and config.code is None and self._config.code
+        asks = asks and (step.command != "distill" or config.live)  # a student of a cache runs no teacher
+        if asks and (step.command != "verify" or config.teacher is not None):
+            folder = getattr(config, {"evaluate": "model", "distill": "live"}.get(step.command, "teacher"))
             with quiet():
                 folder = folder or _workspace.one(None, _workspace.TEACHERS, "--teacher")
             name = Manifest.load(folder, kinds=("model",)).config["architecture"]["name"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -36,14 +37,27 @@ CHECK_EVERY = 50
 
 
 class Training:
-    """A network being trained: `epoch` epochs and `within` steps of the next one are done; `metrics` holds the rows that are kept."""
+    """A network being trained: `epoch` epochs and `within` steps of the next one are done; `metrics` holds the rows that are kept.
 
-    def __init__(self, model: nn.Module, feed: Feed, recipe: Recipe, *, normalisation: Normalisation, device: torch.device) -> None:
+    teacher: what is asked for the soft labels of each batch (`live.Teacher`), in the place of those in the feed; None: nothing is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        feed: Feed,
+        recipe: Recipe,
+        *,
+        normalisation: Normalisation,
+        device: torch.device,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.feed = feed
         self.recipe = recipe
         self.normalisation = normalisation
         self.device = device
+        self.teacher = teacher
         self.plan = Plan.of(recipe, feed.steps_per_epoch())
         self.epoch = 0
         self.within = 0
@@ -127,8 +141,11 @@ class Training:
         """One step."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.lr_at(self.step, self.recipe)
-        images = self.normalisation.apply(batch.images.to(self.device))
+        pixels = batch.images.to(self.device)
+        images = self.normalisation.apply(pixels)
         moved = batch.to(self.device, images)
+        if self.teacher is not None:
+            moved = replace(moved, logits=self.teacher(pixels))
         with self._compiling():
             logits = self._forward(images)
             loss = loss_of(logits, moved)
@@ -155,7 +172,7 @@ class Training:
             raise UsageError(
                 f"batch norm cannot learn from a batch of {len(images)}: at least 2 samples and --batch 2, or --norm group"
             ) from None
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:

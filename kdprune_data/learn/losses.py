@@ -1,37 +1,28 @@
-"""The loss of the paper: labels and teacher, mixed by one weight."""
+"""The loss of the paper: labels and teacher, mixed by one weight. What the teacher's part can be is in `learn/soft.py`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdprune_data.errors import UsageError
+from kdprune_data.learn.soft import Soft, Taught, kl, weighted_mean
+
+__all__ = ["Mix", "Soft", "auto_alpha", "cross_entropy", "distillation", "kl", "weighted_mean"]
 
 
 @dataclass(frozen=True)
 class Mix:
     """How label and teacher are mixed: the teacher's weight, from 0 to 1; the temperature of both softmaxes; `smoothing`: the share of the
-    label that cross-entropy spreads over all classes."""
+    label that cross-entropy spreads over all classes; `soft`: the loss against the teacher's logits."""
 
     alpha: float
     temperature: float
     smoothing: float = 0.0
-
-
-def kl(student: Tensor, teacher: Tensor, temperature: float, weights: Tensor | None = None) -> Tensor:
-    """KL(teacher || student) of softmax at a temperature, mean over the batch; not scaled by temperature^2.
-
-    student, teacher: logits, float of shape (n, c); weights: see `weighted_mean`, None: all alike. Source: Hinton, Vinyals and Dean,
-    "Distilling the knowledge in a neural network", 2015.
-    """
-    said, target = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
-    if weights is None:
-        return F.kl_div(said, target, reduction="batchmean", log_target=True)
-    return weighted_mean(F.kl_div(said, target, reduction="none", log_target=True).sum(1), weights)
+    soft: Soft = Soft()
 
 
 def cross_entropy(student: Tensor, labels: Tensor, *, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
@@ -44,23 +35,12 @@ def cross_entropy(student: Tensor, labels: Tensor, *, smoothing: float = 0.0, we
     return weighted_mean(F.cross_entropy(student, labels, label_smoothing=smoothing, reduction="none"), weights)
 
 
-def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """sum(w * l) / sum(w): a sample of weight 2 counts as two of weight 1. 0 where all weights are.
-
-    losses, weights: float of shape (n,), weights finite and not negative. Returns a scalar of the losses' type.
-    """
-    least = torch.finfo(losses.dtype).tiny
-    # By the largest first: the sum of very large weights would be infinite, that of very small ones nothing.
-    scaled = weights.to(losses.dtype) / weights.to(losses.dtype).max().clamp(min=least)
-    return (losses * (scaled / scaled.sum().clamp(min=least))).sum()
-
-
 def distillation(student: Tensor, teacher: Tensor | None, labels: Tensor, *, mix: Mix, weights: Tensor | None = None) -> Tensor:
-    """(1 - alpha) * CE(label) + alpha * temperature^2 * KL(teacher || student), batch means.
+    """(1 - alpha) * CE(label) + alpha * temperature^2 * KL(teacher || student), batch means; or another loss of `soft.LOSSES` for the KL.
 
     student, teacher: logits, float of shape (n, c); labels: int64 of shape (n,); weights: of the samples in both means, float of shape
     (n,), finite and not negative, None: all alike. Source: Ben-Baruch et al., "Distilling the knowledge in data pruning", ICML 2025; the
-    temperature^2 is Hinton's, so that alpha means the same at any temperature.
+    temperature^2 is Hinton's, so that alpha means the same at any temperature. `mse`, which knows no temperature, is taken as it is.
 
     Raises UsageError when alpha weighs a teacher and there is none.
     """
@@ -71,7 +51,9 @@ def distillation(student: Tensor, teacher: Tensor | None, labels: Tensor, *, mix
     if alpha < 1:
         total = total + (1 - alpha) * cross_entropy(student, labels, smoothing=mix.smoothing, weights=weights)
     if alpha > 0 and teacher is not None:
-        total = total + alpha * tau**2 * kl(student, teacher, tau, weights)
+        loss = mix.soft.kind
+        scale = tau**2 if loss.tempered else 1.0
+        total = total + alpha * scale * loss.of(Taught(student, teacher.to(student.dtype), labels, tau, weights), mix.soft.settings)
     return total
 
 

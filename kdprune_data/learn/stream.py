@@ -158,6 +158,22 @@ class CachedViews:
         return Geometry(found.top, found.left, found.height, found.width, found.flip), found.logits
 
 
+@dataclass(frozen=True)
+class BoxesOnly:
+    """The boxes of another source's views, without its soft labels: for a teacher that is asked while the student trains."""
+
+    views: ViewSource
+
+    @property
+    def policy(self) -> Policy:
+        """See `ViewSource`."""
+        return self.views.policy
+
+    def show(self, rows: NDArray[np.int64], epoch: int) -> tuple[Geometry, None]:
+        """See `ViewSource`."""
+        return self.views.show(rows, epoch)[0], None
+
+
 def cached_views(data: Dataset, cache: LogitCache, count: int | None = None) -> CachedViews:
     """A cache aligned with a data set. Raises MismatchError when it is of other data, UsageError when it has fewer views."""
     data.same_classes(cache.manifest.classes, f"{cache.folder}")

@@ -150,12 +150,72 @@ def test_labels_only(chain_copy: Path, kdprune: Cli, name: str | None) -> None:
     assert [i["role"] for i in manifest.inputs] == ["data", "val"]
 
 
-def test_labels_only_on_the_cached_views_is_alpha_0(chain_copy: Path, kdprune: Cli) -> None:
-    """Views drawn in turn by the same rules are the cached ones: with alpha 0 the cache changes nothing."""
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+def test_labels_only_on_the_cached_views_is_alpha_0(chain_copy: Path, kdprune: Cli, smoothing: float) -> None:
+    """The baselines, hard labels and smoothed ones: views drawn in turn by the same rules are the cached ones, so with alpha 0 the cache
+    changes nothing."""
     for name, more in (("cached", ["--alpha", 0]), ("drawn", ["--logits", "none", "--views", 3])):
-        ran = kdprune("distill", *SHORT, "--name", name, *more, cwd=chain_copy)
+        ran = kdprune("distill", *SHORT, "--label-smoothing", smoothing, "--name", name, *more, cwd=chain_copy)
         assert ran.code == 0, ran.err
+        recipe = Manifest.load(chain_copy / "students" / name).config["recipe"]
+        assert recipe["label_smoothing"] == smoothing
     assert equal(weights(chain_copy / "students/cached"), weights(chain_copy / "students/drawn"))
+
+
+LOSSES = {
+    "kl": [],
+    "dkd": ["--loss", "dkd"],
+    "weaker": ["--loss", "dkd", "--set", "beta=2"],
+    "dist": ["--loss", "dist", "--set", "beta=2", "--set", "gamma=0.5"],
+    "mse": ["--loss", "mse"],
+}
+
+
+def test_losses(chain_copy: Path, kdprune: Cli, weigh: Cli) -> None:
+    """Each makes another student, weighted samples too; its name and settings stand in the manifest, of KL nothing does."""
+    weigh(chain_copy / SUBSET, [n % 3 for n in range(54)])
+    for name, more in LOSSES.items():
+        ran = kdprune("distill", *SHORT, *more, "--name", name, cwd=chain_copy)
+        assert ran.code == 0, ran.err
+    told = {name: Manifest.load(chain_copy / "students" / name).config for name in LOSSES}
+    assert {name: (one.get("loss"), one.get("settings"), one["temperature"]) for name, one in told.items()} == {
+        "kl": (None, None, 4.0),
+        "dkd": ("dkd", {"alpha": 1.0, "beta": 8.0}, 4.0),
+        "weaker": ("dkd", {"alpha": 1.0, "beta": 2.0}, 4.0),
+        "dist": ("dist", {"beta": 2.0, "gamma": 0.5}, 4.0),
+        "mse": ("mse", None, None),
+    }
+    made = {name: weights(chain_copy / "students" / name) for name in LOSSES}
+    assert not any(equal(made[a], made[b]) for a in LOSSES for b in LOSSES if a < b)
+    ran = kdprune("distill", *SHORT, *LOSSES["dkd"], "--name", "weaker", cwd=chain_copy)
+    assert (ran.code, "settings.beta is 2.0, now 8.0" in ran.err) == (2, True), ran.err
+    shown = kdprune("info", "students/dist", cwd=chain_copy)
+    assert "settings.gamma = 0.5" in shown.out
+
+
+def test_the_help_knows_every_loss() -> None:
+    """Their names and settings, which it cannot ask the losses for: they import torch."""
+    from kdprune_cli import distill as command
+    from kdprune_pipelines import _soft
+
+    from kdprune_data.learn import soft
+
+    assert tuple(soft.LOSSES) == _soft.NAMES
+    found: dict[str, str] = {}
+    for line in command.NOTES.splitlines()[1:]:
+        if "--set" in line:
+            found[list(found)[-1]] = line.split("--set ")[1]
+        else:
+            found[line.split()[0]] = ""
+    assert found == {name: " ".join(f"{key}={value}" for key, value in loss.settings().own().items()) for name, loss in soft.LOSSES.items()}
+
+
+def test_another_loss_ends_the_settings_of_the_file(chain_copy: Path, kdprune: Cli) -> None:
+    (chain_copy / "kdprune.toml").write_text('[distill]\nloss = "dkd"\nset = { beta = 4 }\n')
+    for name, more, settings in (("a", [], {"alpha": 1.0, "beta": 4.0}), ("b", ["--loss", "dist"], {"beta": 1.0, "gamma": 1.0})):
+        ran = kdprune("distill", *SHORT, *more, "--name", name, cwd=chain_copy)
+        assert ran.code == 0, ran.err
+        assert Manifest.load(chain_copy / "students" / name).config["settings"] == settings
 
 
 def test_without_a_cache_it_says_so(chain_copy: Path, kdprune: Cli) -> None:
@@ -326,6 +386,13 @@ def test_a_dry_run_touches_nothing(chain_copy: Path, kdprune: Cli, more: list[An
         (["--pad", "2"], 1, "another policy (pad is 1, asked 2)"),
         (["--scale", "0.5", "1"], 1, "another policy (kernel is none, asked bilinear"),
         (["--init", "nowhere"], 2, "--init nowhere does not exist"),
+        (["--loss", "kld"], 2, "'kld'"),
+        (["--set", "beta=2"], 2, "kl has no settings: leave out --set beta"),
+        (["--loss", "dkd", "--set", "gamma=2"], 2, "unknown setting of dkd 'gamma'"),
+        (["--loss", "dkd", "--set", "beta=-1"], 2, "--set beta -1.0 is too small: at least 0"),
+        (["--loss", "dkd", "--alpha", "0"], 2, "--loss dkd is of a teacher's logits, and at alpha 0 there are none that count"),
+        (["--loss", "dist", "--logits", "none"], 2, "--loss dist is of a teacher's logits, and at alpha 0 there are none that count"),
+        (["--loss", "mse", "--temperature", "2"], 2, "--temperature 2 changes nothing with --loss mse"),
     ],
 )
 def test_refusals(chain_copy: Path, kdprune: Cli, change: list[str], code: int, said: str) -> None:

@@ -323,6 +323,13 @@ def test_one_step_for_each_of_what_the_recipe_makes(chain_copy: Path, kdprune: C
         ),
         ('[teacher]\nmodel="resnet14"\n[verify]\nartefact="teachers/resnet14-s0"\n', ["[teacher]"]),
         ('[[distill]]\nalpha="0.9"\n[[distill]]\n', []),
+        ('[[distill]]\nlive="teachers/resnet8-s0"\n[[distill]]\nlogits="none"\n', []),
+        ('[teacher]\nname="a"\n[distill]\nlive="teachers/a"\n', ["[teacher]"]),
+        (
+            '[[teacher]]\nname="a"\n[[teacher]]\nname="b"\n[cache]\n[[distill]]\nlive="teachers/b"\n[[distill]]\nlive="teachers/b"\n'
+            'logits="none"\nname="x"\n',
+            ["[[teacher]] 1", "[[teacher]] 2", "[cache] for teachers/b", "[[teacher]] 2"],
+        ),
     ],
 )
 def test_what_waits_for_what(chain_copy: Path, kdprune: Cli, text: str, after: list[str]) -> None:
@@ -407,6 +414,9 @@ BAD = [
     ("[teacher]\nrecipe = 'smal'\n", "r.toml [teacher]: unknown recipe 'smal'; did you mean 'small'?"),
     ("[teacher]\ndata = 'nowhere'\n", "r.toml [teacher]: data = 'nowhere' does not exist, and no earlier step makes it"),
     ("[select]\nfrac = 0.5\n[distill]\nsubset = 'elsewhere/x'\n", "r.toml [distill]: subset = 'elsewhere/x' does not exist"),
+    ("[select]\nfrac = 0.5\n[distill]\nlive = 'teachers/x'\n", "r.toml [distill]: live = 'teachers/x' does not exist"),
+    ("[select]\nfrac = 0.5\n[distill]\nset = ['beta=2']\n", "r.toml [distill]: kl has no settings: leave out --set beta"),
+    ("[select]\nfrac = 0.5\n[distill]\nloss = 'dkd'\nset = { gama = 2 }\n", "r.toml [distill]: unknown setting of dkd 'gama'"),
     ("[evaluate]\ndata = 'data/test'\n", "r.toml [evaluate]: model is not given, and the recipe makes none"),
     ("[verify]\n", "r.toml [verify]: artefact is not given, and the recipe makes none"),
     ("[[select]]\nfrac = 0.5\n[[select]]\nfrac = 0.50\n", "r.toml: [[select]] 1 and [[select]] 2 would write subsets/random-0.5-s0 twice"),

@@ -790,7 +790,9 @@ def test_a_function_named_on_the_line_is_run(workspace: Path, kdprune: Cli, own:
         assert ran.code == 0, ran.err
 
 
-@pytest.mark.parametrize(("command", "key"), [("teacher", "model"), ("distill", "model"), ("score", "code"), ("cache", "code")])
+@pytest.mark.parametrize(
+    ("command", "key"), [("teacher", "model"), ("distill", "model"), ("score", "code"), ("cache", "code"), ("distill", "code")]
+)
 def test_a_function_named_in_a_file_is_not_run(chain_copy: Path, kdprune: Cli, command: str, key: str) -> None:
     (chain_copy / "quietly_there.py").write_text(OWN.format(marker="it-ran"))
     (chain_copy / "kdprune.toml").write_text(f'[{command}]\n{key} = "quietly_there:tiny"\n')
