@@ -22,7 +22,7 @@ from kdprune_data.errors import UsageError, first_line, unknown
 
 C = TypeVar("C", bound=Config)
 SUFFIX = ".toml"
-ORDER = ("import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "verify")
+ORDER = ("import", "index", "teacher", "score", "select", "cache", "export", "distill", "evaluate", "verify")
 """The commands that a recipe may hold a section for, in the order of work."""
 WAYS, OF_METHOD = ("method", "column"), ("set", "keep", "skip_hardest", "hard", "memory")
 """Options of `select` that name a method, and those that belong to the one that is named."""

@@ -3,7 +3,7 @@
 1. The manifest: its own sha256, its digest.
 2. Every file: there, its size, its sha256; side files and those outside too.
 3. Inside: tars against the index, images against their digests, logits against their rows, geometry against the policy, weights against the
-   architecture.
+   architecture, exports against their members.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import FormatError, KdpruneError, SourceError
-from kdprune_data.formats import check, check_data, logits
+from kdprune_data.formats import check, check_data, check_export, logits
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
 from kdprune_data.formats.logits import LogitCache
@@ -34,7 +34,7 @@ SHOWN = 20
 class VerifyConfig(Config):
     """Settings of `verify`."""
 
-    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores or logit cache.", argument=True)
+    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores, logit cache or export.", argument=True)
 
 
 def run(config: VerifyConfig) -> Outcome:
@@ -71,6 +71,7 @@ def _inside(folder: Path, manifest: Manifest, tick: Tick, *, damaged: bool) -> I
         "scores": check.scores,
         "logits": _logits,
         "model": _model,
+        "export": check_export.contents,
     }
     try:
         yield from checks[manifest.kind](folder, manifest, tick)

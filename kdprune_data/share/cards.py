@@ -32,14 +32,14 @@ def dataset_card(card: Card, counts: Mapping[str, Any], classes: Sequence[str]) 
     note = f"\n\n{card.note}" if card.note else ""
     return f"""{_head(card) if card.images else ""}# {card.title}
 
-{_count(counts["samples"], "sample")} in {_count(counts["shards"], "WebDataset shard")}, {_count(len(classes), "class")}: {shown}.{note}
+{counted(counts["samples"], "sample")} in {counted(counts["shards"], "WebDataset shard")}, {counted(len(classes), "class")}: {shown}.{note}
 
 `sha256sum -c SHA256SUMS` checks the shards without any tool of ours; `kdprune-data verify .` checks everything, and
 `kdprune-data info .` tells where it came from.
 """
 
 
-def _count(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
     """`1 sample`, `2 classes`."""
     plural = f"{what}es" if what.endswith("s") else f"{what}s"
     return f"{n:,} {what if n == 1 else plural}"
