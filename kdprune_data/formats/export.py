@@ -68,7 +68,7 @@ def npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def _npy(array: NDArray[Any]) -> bytes:
-    plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     head = f"{{'descr': '{plain.dtype.str}', 'fortran_order': False, 'shape': {plain.shape}, }}".encode("ascii")
     head += b" " * (-(len(head) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + plain.tobytes()
@@ -92,6 +92,15 @@ def read_soft(data: bytes) -> Soft:
     if not np.isfinite(soft.logits).all() or (soft.boxes[:, 2:] < 1).any():
         raise FormatError("holds a logit that is not finite, or an empty box")
     return soft
+
+
+def narrow(boxes: NDArray[np.int32]) -> NDArray[np.signedinteger]:
+    """Boxes of shape (V, 4) as int16, or as they are where that does not hold them and their edges, top + height and left + width.
+
+    Not as int8, which would do for small images: whoever adds top to height would leave it.
+    """
+    furthest = max(int(np.abs(boxes).max()), int((boxes[:, :2].astype(np.int64) + boxes[:, 2:]).max()))
+    return boxes.astype(np.int16) if furthest < 1 << 15 else boxes
 
 
 def dtype_of(cache: LogitCache) -> str:
@@ -172,11 +181,8 @@ class Export:
             logits[:, view] = np.maximum(found.logits, np.finfo(self.dtype).min)
             boxes[:, view] = np.stack([getattr(found, side) for side in GEOMETRY], 1)
             flip[:, view] = found.flip
-        # Not int8: whoever adds top to height would leave it.
-        edges = np.concatenate([boxes, boxes[..., :2].astype(np.int64) + boxes[..., 2:]], 2)
-        fits = (np.abs(edges) < 1 << 15).all((1, 2))
         for n in range(len(rows)):
-            yield Soft(logits[n], boxes[n].astype(np.int16 if fits[n] else np.int32), flip[n])
+            yield Soft(logits[n], narrow(boxes[n]), flip[n])
 
     def _sample(self, row: int, soft: Soft) -> Sample:
         data, image = self.data, self.data.image_bytes(row)

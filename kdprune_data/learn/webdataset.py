@@ -54,6 +54,7 @@ class Join:
 
     data: Dataset
     source: ViewSource
+    weights: NDArray[np.float32]
     epoch: Tensor
     render: bool
 
@@ -109,7 +110,7 @@ class Join:
     def _joined(self, sample: Sample, row: int, box: Geometry, logits: NDArray[np.floating] | None) -> Sample:
         label, encoded = int(self.data.labels[row]), self._image(sample)
         added: Sample = {"box": torch.tensor([int(side[0]) for side in (box.top, box.left, box.height, box.width)])}
-        added |= {"flip": bool(box.flip[0]), "weight": float(self.data.weights[row])}
+        added |= {"flip": bool(box.flip[0]), "weight": float(self.weights[row])}
         if logits is not None:
             added["logits"] = torch.from_numpy(logits.astype(np.float32))
         if self.render:
@@ -174,4 +175,4 @@ def as_webdataset(
     data = Dataset.open(subset)
     source = view_source(data, logits, seed, views)
     now = torch.tensor(epoch).share_memory_()  # type: ignore[no-untyped-call]  # torch's stub lacks it
-    return SoftLabels(Shards(data, seed, now), Join(data, source, now, render))
+    return SoftLabels(Shards(data, seed, now), Join(data, source, data.weights, now, render))
