@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdprune_data.share.cards import counted
+from kdprune_data.formats.members import root_config
+from kdprune_data.share.cards import Card, card_head, counted
 
 ANY = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 """A normalisation for logits whose teacher is not known."""
@@ -53,7 +54,7 @@ def export_card(card: ExportCard, counts: Mapping[str, Any]) -> str:
     unlabelled = counts["samples"] - counts["labelled"]
     label = "no class" if not counts["labelled"] else "its class number, `KEY.cls`" + (f" ({unlabelled:,} have none)" if unlabelled else "")
     side, views = card.policy["size"], counts["views"]
-    return f"""# {card.title}
+    return f"""{_head(card, views, labelled=counts["labelled"] > 0)}# {card.title}
 
 {counted(counts["samples"], "sample")} in {counted(counts["shards"], "WebDataset shard")}, {counted(len(card.classes), "class")}: {shown}.
 Each sample has its image, {images}, {label}, and in `KEY.kd.npz` what a teacher said of {counted(views, "view")} of it:
@@ -79,9 +80,20 @@ The logits belong to exactly these pixels: show a student the views that are her
 
 {chr(10).join(_lineage(card))}
 
-`sha256sum -c SHA256SUMS` checks the shards without any tool of ours; `kdprune-data verify .` checks everything, and
-`kdprune-data info .` tells more of where it came from.
+`datasets.load_dataset` reads this folder too. `sha256sum -c SHA256SUMS` checks the shards without any tool of ours; `kdprune-data verify .`
+checks everything, and `kdprune-data info .` tells more of where it came from.
 """
+
+
+def _head(card: ExportCard, views: int, *, labelled: bool) -> str:
+    """The YAML by which `datasets.load_dataset(FOLDER)` reads the shards: it fails over an .npz whose arrays it is not told of."""
+    arrays = [("logits", len(card.classes), card.dtype), ("boxes", 4, "int32")]
+    columns = "".join(
+        f"    - name: {name}\n      dtype:\n        array2_d:\n          shape: [{views}, {width}]\n          dtype: {dtype}\n"
+        for name, width, dtype in arrays
+    )
+    soft = f"  - name: kd.npz\n    struct:\n{columns}    - name: flip\n      list: bool\n"
+    return card_head(Card(card.title, str(root_config(card.data).get("split", "train")), card.images, labelled), soft)
 
 
 def _code(card: ExportCard, *, labelled: bool) -> str:
