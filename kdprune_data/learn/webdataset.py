@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from kdprune_data import images, order
-from kdprune_data.errors import SourceError, UsageError, first_line, some
+from kdprune_data.errors import SourceError, UsageError, some
 from kdprune_data.formats import indexing
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.learn import views
@@ -35,7 +35,8 @@ Sample = dict[str, Any]
 
 
 class Shards(IterableDataset[Sample]):
-    """The shards of an epoch as webdataset hands them on: dicts with `url`, and here `shard`, their number. All workers see `epoch`."""
+    """The shards of an epoch as webdataset hands them on: dicts with `url`, and here `shard`, their number, and `epoch`, which all workers
+    see."""
 
     def __init__(self, data: Dataset, seed: int, epoch: Tensor) -> None:
         super().__init__()
@@ -44,8 +45,9 @@ class Shards(IterableDataset[Sample]):
         self._seed, self._epoch = seed, epoch
 
     def __iter__(self) -> Iterator[Sample]:
-        for shard in order.shard_order(self._of_samples, seed=self._seed, epoch=int(self._epoch)).tolist():
-            yield {"url": self._paths[shard], "shard": shard}
+        epoch = int(self._epoch)  # of all that follows, whatever is set meanwhile
+        for shard in order.shard_order(self._of_samples, seed=self._seed, epoch=epoch).tolist():
+            yield {"url": self._paths[shard], "shard": shard, "epoch": epoch}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,6 @@ class Join:
     data: Dataset
     source: ViewSource
     weights: NDArray[np.float32]
-    epoch: Tensor
     render: bool
 
     def __call__(self, shards: Iterable[Sample]) -> Iterator[Sample]:
@@ -68,18 +69,18 @@ class Join:
             try:
                 # Opened here: webdataset leaves its streams to the garbage collector, and takes `#` in a path for part of an address.
                 with path.open("rb") as stream:
-                    yield from self._shard(one["shard"], path, group_by_keys(tar_file_expander([one | {"stream": stream}])))
+                    yield from self._shard(one["shard"], one["epoch"], group_by_keys(tar_file_expander([one | {"stream": stream}])))
             except FileNotFoundError:
                 raise SourceError(f"{path} does not exist: it may have been moved; fetch it or index the set again") from None
             except tarfile.TarError as error:
-                raise SourceError(f"{path} cannot be read as a tar ({first_line(error)}): fetch it again") from None
+                raise SourceError(f"{path} cannot be read as a tar ({type(error).__name__}): fetch it again") from None
 
-    def _shard(self, shard: int, path: Path, samples: Iterable[Sample]) -> Iterator[Sample]:
+    def _shard(self, shard: int, epoch: int, samples: Iterable[Sample]) -> Iterator[Sample]:
         rows = self.data.rows_of(shard)
         places = defaultdict(list)  # several of one key where an adopted set, whose ids are SHARD/key, was pruned
         for place, key in enumerate(self.data.index["key"].take(rows).to_pylist()):
             places[key].append(place)
-        boxes, logits = self.source.show(rows, int(self.epoch))
+        boxes, logits = self.source.show(rows, epoch)
         for sample in samples:
             waiting = places.get(sample["__key__"])
             if waiting:
@@ -87,6 +88,7 @@ class Join:
                 waiting.remove(place)
                 yield self._joined(sample, int(rows[place]), boxes.take(np.asarray([place])), None if logits is None else logits[place])
         if absent := [key for key, waiting in places.items() if waiting]:
+            path = self.data.shard_paths[shard]
             raise SourceError(f"{path} was changed: it lacks the samples {some(absent)}; make or fetch {self.data.folder} again")
 
     def _place(self, sample: Sample, rows: NDArray[np.int64], waiting: list[int]) -> int:
@@ -125,9 +127,9 @@ class Join:
 class SoftLabels(wds.FluidWrapper):  # type: ignore[misc]  # webdataset has no types
     """A pipeline of webdataset with an epoch. Stages are appended as to any other; the result shares the epoch."""
 
-    def __init__(self, shards: Shards, join: Join) -> None:
+    def __init__(self, shards: Shards, join: Join, epoch: Tensor) -> None:
         super().__init__(shards)
-        self._epoch = join.epoch
+        self._epoch = epoch
         for stage in (wds.split_by_node, wds.split_by_worker, join):
             self.append(stage)
 
@@ -137,10 +139,7 @@ class SoftLabels(wds.FluidWrapper):  # type: ignore[misc]  # webdataset has no t
 
     def decode(self, *handlers: Any, **settings: Any) -> Any:
         """As webdataset's, but what is decoded already (logits, box, ...) is left as it is."""
-        return super().decode(*handlers, **(_PARTIAL | settings))
-
-
-_PARTIAL: Mapping[str, Any] = {"partial": True}
+        return super().decode(*handlers, **{"partial": True, **settings})
 
 
 def as_webdataset(
@@ -175,4 +174,4 @@ def as_webdataset(
     data = Dataset.open(subset)
     source = view_source(data, logits, seed, views)
     now = torch.tensor(epoch).share_memory_()  # type: ignore[no-untyped-call]  # torch's stub lacks it
-    return SoftLabels(Shards(data, seed, now), Join(data, source, data.weights, now, render))
+    return SoftLabels(Shards(data, seed, now), Join(data, source, data.weights, render), now)

@@ -129,6 +129,16 @@ def test_workers_share_the_shards_and_see_the_epoch(chain: Path, context: str) -
     del loader
 
 
+def test_an_epoch_is_whole_whatever_is_set_meanwhile(chain: Path) -> None:
+    samples = as_webdataset(chain / SUBSET, chain / CACHE)
+    whole = [one["logits"].tolist() for one in samples]
+    met = []
+    for n, one in enumerate(samples):
+        samples.set_epoch(n % 3)
+        met.append(one["logits"].tolist())
+    assert met == whole
+
+
 def test_it_pickles(chain: Path) -> None:
     samples = as_webdataset(chain / SUBSET, chain / CACHE, epoch=1).to_tuple("__id__", "box")
     again = pickle.loads(pickle.dumps(samples))

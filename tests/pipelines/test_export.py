@@ -28,6 +28,7 @@ from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import File, Manifest, sha256_file
 from kdprune_data.learn import views
 from kdprune_data.learn.stream import Images
+from kdprune_data.share.exports import ExportCard, export_card
 
 # webdataset leaves its shards for the garbage collector to close
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -179,7 +180,7 @@ def test_few_samples_at_a_time(exported: Path, monkeypatch: pytest.MonkeyPatch) 
     at_once = [one.record() for one in whole.samples(data.usable())]
     monkeypatch.setattr(export, "AT_ONCE", 300)
     assert [one.record() for one in whole.samples(data.usable())] == at_once
-    assert not whole.joined._open
+    assert not any(len(one) for one in vars(whole.joined).values() if isinstance(one, dict))  # nothing is kept open
 
 
 @pytest.mark.parametrize("asked", [1, 2])
@@ -449,6 +450,40 @@ def test_the_readme_tells_where_it_comes_from(exported: Path) -> None:
         "54 samples in 2 WebDataset shards, 10 classes",
     ):
         assert told in text, told
+
+
+def card(exported: Path, **changed: Any) -> str:
+    manifest = Manifest.load(exported / EXPORT)
+    data, cache = manifest.inputs
+    facts = {"title": "x", "data": data, "cache": cache, "teachers": [cache["inputs"][1]], "images": ["png"], "dtype": "float16"}
+    return export_card(ExportCard(**(facts | {"classes": manifest.classes} | changed)), manifest.counts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, ["tau = 4\n", "hold for any."]),
+        ({"temperatures": (2.0, 2.0)}, ["tau = 2\n", "hold for 2 alone; train at it."]),
+        ({"temperatures": (1.0, 3.0)}, ["tau = 3\n", "hold from 1 to 3; train at one of these."]),
+        ({"temperatures": (5.0, 8.0)}, ["tau = 5\n", "hold from 5 to 8"]),
+        ({"teachers": []}, ["mean, std = np.float32([0.5, 0.5, 0.5])", "not known; the logits came from elsewhere"]),
+        ({"images": ["jpg", "webp"]}, ['next(sample[k] for k in ("jpg", "webp") if k in sample).crop(', "`KEY.jpg` or `KEY.webp`"]),
+    ],
+)
+def test_the_readme_of_other_caches(exported: Path, changed: dict[str, Any], told: list[str]) -> None:
+    """Its code is Python still."""
+    text = card(exported, **changed)
+    assert all(one in text for one in told), text
+    (code,) = CODE.findall(text)
+    compile(code, "README.md", "exec")
+
+
+def test_the_readme_of_several_teachers(exported: Path) -> None:
+    (_, cache) = Manifest.load(exported / EXPORT).inputs
+    teacher = cache["inputs"][1]
+    text = card(exported, teachers=[teacher, {**teacher, "name": "second"}])
+    assert text.count("- Teacher: ") == 2
+    assert "`second`" in text
 
 
 # --- real images
