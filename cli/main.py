@@ -24,6 +24,7 @@ COMMANDS = {
     "select": "Keep a fraction: ids and pruned shards.",
     "cache": "The teacher's logits for many views of each sample.",
     "distill": "Train a student from shards and cached soft labels.",
+    "export": "Plain WebDataset shards with the soft labels inside.",
     "evaluate": "Accuracy of a teacher or student on the test set.",
     "info": "What is this folder, and where did it come from?",
     "verify": "Is this folder whole, and what it says it is?",

@@ -1,7 +1,7 @@
 """The parts of kdprune-data, importable one by one; nothing heavy is loaded until it is used.
 
 `SoftLabelDataset` yields whole training batches with soft labels, for people with their own trainer; `Dataset` reads the samples of a data
-set or subset; `LogitCache` reads a teacher's cached logits.
+set or subset; `LogitCache` reads a teacher's cached logits; `as_webdataset` joins the two into a pipeline of `webdataset`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from kdprune_data.formats.dataset import Dataset
     from kdprune_data.formats.logits import LogitCache
     from kdprune_data.learn.stream import SoftLabelDataset
+    from kdprune_data.learn.webdataset import as_webdataset
 
-__all__ = ["Dataset", "LogitCache", "SoftLabelDataset", "__version__"]
+__all__ = ["Dataset", "LogitCache", "SoftLabelDataset", "as_webdataset", "__version__"]
 
 _HOMES = {
     "Dataset": "kdprune_data.formats.dataset",
     "LogitCache": "kdprune_data.formats.logits",
     "SoftLabelDataset": "kdprune_data.learn.stream",
+    "as_webdataset": "kdprune_data.learn.webdataset",
 }
 
 

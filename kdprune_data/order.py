@@ -130,11 +130,20 @@ def epoch_order(uids: U64, shards: NDArray[np.integer], *, seed: int, epoch: int
     uids: uint64 of shape (n,); shards: integers of shape (n,), each sample's shard. Returns int64 of shape (n,).
     """
     names, member = np.unique(shards, return_inverse=True)
-    by_hash = np.argsort(order_hash(names.astype(np.uint64), seed, f"train-shards/{epoch}"), kind="stable")
     rank = np.empty(len(names), np.int64)
-    rank[by_hash] = np.arange(len(names))
+    rank[_shards_by_hash(names, seed, epoch)] = np.arange(len(names))
     group = rank[member] // SHARDS_IN_A_GROUP
     return np.lexsort((order_hash(uids, seed, f"train-samples/{epoch}"), group)).astype(np.int64)
+
+
+def shard_order(shards: NDArray[np.integer], *, seed: int, epoch: int) -> I64:
+    """The shards of a data set in the order in which an epoch takes them. shards: integers of shape (n,), each sample's shard."""
+    names = np.unique(shards)
+    return names[_shards_by_hash(names, seed, epoch)].astype(np.int64)
+
+
+def _shards_by_hash(names: NDArray[np.integer], seed: int, epoch: int) -> I64:
+    return np.argsort(order_hash(names.astype(np.uint64), seed, f"train-shards/{epoch}"), kind="stable")
 
 
 def batches(rows: I64 | Sequence[int], size: int) -> Iterator[I64]:

@@ -23,6 +23,8 @@ from kdprune_data.errors import UsageError
 
 SPLIT_OF = {"evaluate": "test"}
 """Which split is a command's `data`, where it is not train."""
+OF_A_CACHE = ("export", "distill")
+"""Commands that read a subset and a logit cache of it."""
 REQUIRED = ("model", "artefact")
 """Inputs that a command asks for and that a recipe may leave out: they are what the recipe makes."""
 
@@ -82,7 +84,7 @@ def _combinations(command: str, config: Config, made: Sequence[Step]) -> Iterato
         ways["artefact"] = [link for link in ways["artefact"] if made[link.step].command == "cache"]
     for one in product(*ways.values()):
         chosen = named | dict(zip(ways, one, strict=True))
-        caches = _caches(Step(command, "", config, chosen), made) if command == "distill" else []
+        caches = _caches(Step(command, "", config, chosen), made) if command in OF_A_CACHE else []
         yield from ({**chosen, "logits": Link(n)} for n in caches)
         if not caches:
             yield chosen
@@ -119,23 +121,23 @@ def _makers(command: str, option: str, made: Sequence[Step]) -> list[Link]:
         "scores": ("score",),
         "subset": ("select",),
         "model": ("teacher", "distill"),
-        "artefact": ("teacher", "score", "select", "cache", "distill"),
+        "artefact": ("teacher", "score", "select", "cache", "export", "distill"),
     }[option]
     sets = [Link(n, split) for n, step in enumerate(made) for split in step.splits] if option == "artefact" else []
     return sets + [Link(n) for n, step in enumerate(made) if step.command in kinds]
 
 
-def _caches(student: Step, made: Sequence[Step]) -> list[int]:
-    """The recipe's caches for a student: those of its subset, else those of the data that the subset is chosen from; of its teacher, where
-    the section names one, cached or live."""
-    config: Any = student.config
+def _caches(step: Step, made: Sequence[Step]) -> list[int]:
+    """The recipe's caches for a student or an export: those of its subset, else those of the data that the subset is chosen from; of its
+    teacher, where the section names one, cached or live."""
+    config: Any = step.config
     if config.logits is not None:
         return []
     caches = [n for n, step in enumerate(made) if step.command == "cache"]
-    for named in (config.teacher, config.live):
+    for named in (getattr(config, "teacher", None), getattr(config, "live", None)):
         if named is not None:
             caches = [n for n in caches if same(found_of(made[n], "teacher"), named, made)]
-    wanted = found_of(student, "subset")
+    wanted = found_of(step, "subset")
     while True:
         found = [n for n in caches if same(found_of(made[n], "subset"), wanted, made)]
         if found or not isinstance(wanted, Link) or made[wanted.step].command != "select":

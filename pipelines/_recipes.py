@@ -22,7 +22,7 @@ from kdprune_data.errors import UsageError, first_line, unknown
 
 C = TypeVar("C", bound=Config)
 SUFFIX = ".toml"
-ORDER = ("import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "verify")
+ORDER = ("import", "index", "teacher", "score", "select", "cache", "export", "distill", "evaluate", "verify")
 """The commands that a recipe may hold a section for, in the order of work."""
 WAYS = {"select": ("method", "column"), "distill": ("loss",)}
 OF_WAY = {"select": ("set", "keep", "skip_hardest", "hard", "memory"), "distill": ("set",)}

@@ -26,6 +26,7 @@ USUAL = {
     "score": _workspace.SCORES,
     "select": _workspace.SUBSETS,
     "cache": _workspace.LOGITS,
+    "export": _workspace.EXPORTS,
     "distill": _workspace.STUDENTS,
 }
 UNSET = Path("made-by-an-earlier-step")
@@ -165,6 +166,8 @@ def name_of(step: Step, made: Sequence[Step]) -> str:
             return f"{how}-{order.shortest(order.fraction(config.frac)) if config.frac else UNKNOWN}-s{config.seed}"
         case "cache":
             return f"{of('subset')}--{of('teacher')}"
+        case "export":
+            return of("logits")
         case "distill":
             return f"{of('subset')}--{model}-a{_alpha(step, made)}-s{config.seed}"
     return str(getattr(config, "split", ""))

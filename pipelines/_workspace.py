@@ -1,5 +1,5 @@
 """Where things are, by convention: a workspace is a folder with `data/ teachers/ scores/ subsets/ logits/ students/` (and
-`proxies/`, where `score --proxies` trains some).
+`proxies/`, where `score --proxies` trains some, and `exports/`).
 
 Each input a command needs is the one given, or the only candidate in its usual place, which is then named. Where there are several they are
 listed and the option is asked for: nothing is ever guessed.
@@ -17,7 +17,7 @@ from kdprune_data.errors import UsageError
 from kdprune_data.formats.manifest import NAME, PARTIAL, Manifest
 
 DATA, TEACHERS, SCORES, SUBSETS, LOGITS, STUDENTS = (Path(p) for p in ("data", "teachers", "scores", "subsets", "logits", "students"))
-PROXIES = Path("proxies")
+PROXIES, EXPORTS = Path("proxies"), Path("exports")
 MAKERS = {TEACHERS: "teacher", SCORES: "score", SUBSETS: "select", LOGITS: "cache", STUDENTS: "distill"}
 
 Fits = Callable[[Manifest], bool]

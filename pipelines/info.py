@@ -29,7 +29,7 @@ SHOWN = 12
 class InfoConfig(Config):
     """Settings of `info`."""
 
-    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores or logit cache.", argument=True)
+    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores, logit cache or export.", argument=True)
 
 
 def run(config: InfoConfig) -> Outcome:

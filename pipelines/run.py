@@ -25,6 +25,7 @@ from kdprune_pipelines import (
     cache,
     distill,
     evaluate,
+    export,
     import_,
     index,
     score,
@@ -49,6 +50,7 @@ STAGES: dict[str, tuple[type[Config], Callable[[Any], Outcome]]] = {
     "score": (score.ScoreConfig, score.run),
     "select": (select.SelectConfig, select.run),
     "cache": (cache.CacheConfig, cache.run),
+    "export": (export.ExportConfig, export.run),
     "distill": (distill.DistillConfig, distill.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),
     "verify": (verify.VerifyConfig, verify.run),
@@ -112,6 +114,8 @@ def _check(step: Step, steps: Sequence[Step]) -> None:
         for name, usual, flag in (("teacher", _workspace.TEACHERS, "--teacher"), ("subset", _workspace.SUBSETS, "SUBSET")):
             if name in _unmet(step) and (name, step.command) != ("teacher", "distill"):
                 _workspace.one(None, usual, flag)
+        if step.command == "export" and "logits" in _unmet(step) and not _workspace.candidates(_workspace.LOGITS):
+            raise UsageError("there is no logit cache in logits/, and the recipe makes none of this subset: add a section [cache]")
         if "data" in _unmet(step):
             _workspace.data(None, "test" if step.command == "evaluate" else "train", "--data")
         if step.command == "select" and needs_scores(config) and "scores" in _unmet(step) and not _workspace.candidates(_workspace.SCORES):

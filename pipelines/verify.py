@@ -3,7 +3,7 @@
 1. The manifest: its own sha256, its digest.
 2. Every file: there, its size, its sha256; side files and those outside too.
 3. Inside: tars against the index, images against their digests, logits against their rows, geometry against the policy, weights against the
-   architecture.
+   architecture, exports against their members.
 4. With `--teacher`, of a logit cache: some of its soft labels are asked for again, and where they are others the likely cause is named.
 """
 
@@ -23,7 +23,7 @@ from kdprune_pipelines._models import WEIGHTS, Saved, epoch_weights, open_model
 from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import FormatError, KdpruneError, SourceError, UsageError
-from kdprune_data.formats import check, check_data, logit_files
+from kdprune_data.formats import check, check_data, check_export, logit_files
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.check import Fault, Tick
 from kdprune_data.formats.dataset import Dataset
@@ -38,7 +38,7 @@ SHOWN = 20
 class VerifyConfig(Config):
     """Settings of `verify`."""
 
-    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores or logit cache.", argument=True)
+    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores, logit cache or export.", argument=True)
     teacher: Path | None = option(None, help="Of a logit cache: the folder of its teacher, which is asked again about some soft labels.")
     sample: int = option(256, help="How many soft labels the teacher is asked about.", least=1, most=1_000_000)
     data: Path | None = option(None, help="The images to show the teacher; default the data set of the cache, in data/ or subsets/.")
@@ -166,6 +166,7 @@ def _inside(folder: Path, manifest: Manifest, tick: Tick, *, damaged: bool) -> I
         "scores": check.scores,
         "logits": _logits,
         "model": _model,
+        "export": check_export.contents,
     }
     try:
         yield from checks[manifest.kind](folder, manifest, tick)

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from kdprune_pipelines import import_, index, select
+from kdprune_pipelines import export, import_, index, select
 from PIL import Image
 
 from kdprune_data.formats.dataset import Dataset
+from kdprune_data.formats.logits import LogitCache
 
 # webdataset leaves its shards for the garbage collector to close
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -144,6 +145,22 @@ def test_hugging_face_datasets_reads_a_subset_of_adopted_shards(
     rows = offline.load_dataset(str(tmp_path / "all"), cache_dir=str(tmp_path / "cache"))["test"]
     assert [np.asarray(row["jpeg"]).tolist() for row in rows] == [by_pillow(data).tolist() for data, _ in jpegs]
     assert rows["cls"][:] == [label for _, label in jpegs]
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_hugging_face_datasets_reads_an_export(chain: Path, offline: Any, tmp_path: Path, views: int) -> None:
+    """The arrays of `kd.npz` are a column, as the card says."""
+    (cache,) = (chain / "logits").iterdir()
+    export.run(export.ExportConfig(chain / "subsets/random-0.5-s0", cache, views=views, out=tmp_path / "export"))
+    read = Dataset.open(chain / "subsets/random-0.5-s0")
+    joined = LogitCache.open(cache).join(read)
+    rows = offline.load_dataset(str(tmp_path / "export"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert rows["__key__"][:] == read.ids.tolist()
+    assert rows["cls"][:] == read.labels.tolist()
+    found = joined.read(np.arange(len(read)), views - 1)
+    assert np.array_equal([row["kd.npz"]["logits"][-1] for row in rows], found.logits)
+    assert [row["kd.npz"]["boxes"][-1][0] for row in rows] == found.top.tolist()
+    assert [row["kd.npz"]["flip"][-1] for row in rows] == found.flip.tolist()
 
 
 def test_duckdb_joins_our_tables(folders: Path) -> None:

@@ -41,6 +41,7 @@ ARTEFACTS = {
         *MADE,
         *(name % n for name in ("part-%06d.parquet", "embedding-%06d.arrow", "logits-%06d.arrow") for n in range(3)),
     ],
+    "exports/random-0.5-s0--resnet8-s0": [*MADE, "sizes.json", "SHA256SUMS", "README.md", *SHARDED[:2]],
     CACHE: [*MADE, *(name % n for name in ("rows/shard-%06d.parquet", "views-0000-0002/shard-%06d.arrow") for n in (0, 1))],
 }
 FILES = [(artefact, name) for artefact, names in ARTEFACTS.items() for name in names]
@@ -57,6 +58,7 @@ def workspace(chain: Path, tmp_path_factory: pytest.TempPathFactory, kdprune: Cl
         shutil.copy(root / "data/train" / name, tars)
     for line in (
         ["index", *(tars / name for name in SHARDED), "--out", "data/adopted"],
+        ["export"],
         ["select", "--frac", "0.3", "--ids-only", "--out", "subsets/ids"],
     ):
         ran = kdprune(*line, cwd=root)

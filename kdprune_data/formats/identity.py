@@ -41,7 +41,8 @@ def refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, An
     if there == wanted:
         return
     if there["kind"] != wanted["kind"]:
-        raise ExistsError(f"{folder} holds a {there['kind']}, not a {wanted['kind']}: choose another --out")
+        there_kind, kind = (f"{'an' if one['kind'] == 'export' else 'a'} {one['kind']}" for one in (there, wanted))
+        raise ExistsError(f"{folder} holds {there_kind}, not {kind}: choose another --out")
     inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
     differs = _differences(there["config"], wanted["config"]) + inputs
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")

@@ -26,7 +26,7 @@ from kdprune_data.formats.journal import LOGGER
 
 FORMAT = 1
 NAME = "manifest.json"
-KINDS = ("dataset", "subset", "scores", "logits", "model")
+KINDS = ("dataset", "subset", "scores", "logits", "model", "export")
 PARTIAL = ".partial"
 
 

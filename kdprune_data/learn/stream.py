@@ -287,7 +287,7 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
         # In shared memory: persistent workers hold a copy of this object, made before the next `set_epoch`.
         self._epoch = torch.tensor(epoch).share_memory_()  # type: ignore[no-untyped-call]  # torch's stub lacks it
         self.normalisation = normalisation_of(images)
-        self._feed = Feed(images, _view_source(data, logits, seed, views), batch_size, seed, weights=data.weights)
+        self._feed = Feed(images, view_source(data, logits, seed, views), batch_size, seed, weights=data.weights)
 
     @property
     def epoch(self) -> int:
@@ -312,7 +312,8 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
             yield {"image": image, "label": batch.labels, "logits": batch.logits, "weight": batch.weights, "id": ids[rows].tolist()}
 
 
-def _view_source(data: Dataset, logits: str | Path | None, seed: int, count: int | None) -> ViewSource:
+def view_source(data: Dataset, logits: str | Path | None, seed: int, count: int | None) -> ViewSource:
+    """The first `count` views of a logit cache (None: all), or without one views drawn for the data. Raises as `cached_views` does."""
     if logits is not None:
         return cached_views(data, LogitCache.open(logits), count)
     policy = views.policy_for(data.sizes[data.usable()], data.classes, size=None, flip="auto", seed=seed)

@@ -30,23 +30,23 @@ def dataset_card(card: Card, counts: Mapping[str, Any], classes: Sequence[str]) 
     """The text of a card; counts and classes are the manifest's."""
     shown = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
     note = f"\n\n{card.note}" if card.note else ""
-    return f"""{_head(card) if card.images else ""}# {card.title}
+    return f"""{card_head(card) if card.images else ""}# {card.title}
 
-{_count(counts["samples"], "sample")} in {_count(counts["shards"], "WebDataset shard")}, {_count(len(classes), "class")}: {shown}.{note}
+{counted(counts["samples"], "sample")} in {counted(counts["shards"], "WebDataset shard")}, {counted(len(classes), "class")}: {shown}.{note}
 
 `sha256sum -c SHA256SUMS` checks the shards without any tool of ours; `kdprune-data verify .` checks everything, and
 `kdprune-data info .` tells where it came from.
 """
 
 
-def _count(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
     """`1 sample`, `2 classes`."""
     plural = f"{what}es" if what.endswith("s") else f"{what}s"
     return f"{n:,} {what if n == 1 else plural}"
 
 
-def _head(card: Card) -> str:
-    """The YAML. A sample that lacks one of the columns has null there."""
+def card_head(card: Card, more: str = "") -> str:
+    """The YAML. A sample that lacks one of the columns has null there. more: lines of further columns."""
     columns = [("__key__", "string"), ("__url__", "string"), *((image, "image") for image in card.images)]
     columns += [("cls", "int64")] if card.labelled else []
     features = "\n".join(f"  - name: {json.dumps(name)}\n    dtype: {kind}" for name, kind in columns)
@@ -59,5 +59,5 @@ configs:
 dataset_info:
   features:
 {features}
----
+{more}---
 """

@@ -89,6 +89,8 @@ EMPTY: list[tuple[list[str], str]] = [
     (["select"], "say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE"),
     (["cache"], "no fitting subset in subsets/: run `kdprune-data select` first, or give a folder with SUBSET"),
     (["cache", "nowhere"], "nowhere does not exist"),
+    (["export"], "no fitting subset in subsets/: run `kdprune-data select` first, or give a folder with SUBSET"),
+    (["export", "nowhere"], "nowhere does not exist"),
     (["distill"], "no fitting subset in subsets/"),
     (["distill", "nowhere"], "nowhere does not exist"),
     (["evaluate"], "Missing argument 'MODEL'"),
@@ -154,6 +156,9 @@ FULL: list[tuple[list[str], str]] = [
     (["cache", "--seed", "18446744073709551616", "--name", "other"], "seed 18446744073709551616 is"),
     (["cache", "data/train", "--teacher", SUBSET], "is of kind subset: expected model"),
     (["cache", "--out", "a", "--name", "b"], "--out and --name were both given"),
+    (["export", "--out", "a", "--name", "b"], "--out and --name were both given"),
+    (["export", "--views", "9"], "has 3 views, 9 are asked for: make more with cache --views 9"),
+    (["export", "data/train"], "no fitting logit cache in logits/: run `kdprune-data cache` first, or give a folder with --logits"),
     (["distill", "--alpha", "2"], "--alpha 2 is out of range"),
     (["distill", "--model", "resnet"], "unknown model 'resnet'"),
     (["distill", "--logits", "data/train"], "is of kind dataset: expected logits"),
@@ -177,6 +182,7 @@ def test_in_a_full_workspace(chain: Path, kdprune: Cli, line: list[str], said: s
         ("teachers", ["cache"], "--teacher"),
         ("scores", ["select", "--frac", "0.1", "--method", "el2n"], "--scores"),
         ("logits", ["distill"], "--logits"),
+        ("logits", ["export"], "--logits"),
     ],
 )
 def test_several_candidates_are_listed_and_the_option_asked_for(

@@ -29,7 +29,7 @@ import pytest
 Moment = tuple[str, int]
 """An event and which occurrence of it: the run is stopped just before."""
 LOG = "log.txt"
-PLAIN = ("import", "index", "select")
+PLAIN = ("import", "index", "select", "export")
 """Commands that need no torch."""
 
 
@@ -210,6 +210,7 @@ def scenes(chain: Path, large: Path) -> dict[str, Scene]:
             ["distill", "--logits", "none"],
         ),
         "cache": Scene([*cache, "--views", "2"], (drawn,), taught, ["distill", "--logits"]),
+        "export": Scene(["export", "-j", "1"], (f"exports/{subset}--resnet8-s0",), cached, ["distill", "--logits"]),
         "distill": Scene(["distill", *student, "--epochs", "2", "--name", "x"], ("students/x",), cached, ["evaluate"]),
     }
     other = {
@@ -219,6 +220,7 @@ def scenes(chain: Path, large: Path) -> dict[str, Scene]:
         "score": ["--batch", "7"],
         "select": ["--shard-samples", "10"],
         "cache": ["--dtype", "float32"],
+        "export": ["--views", "1"],
         "distill": ["--temperature", "2"],
     }
     for name, changed in other.items():

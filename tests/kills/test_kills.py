@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-FIRST = ("import", "parquet", "index", "teacher", "score", "also", "proxies", "select", "cache", "grow", "distill")
-REPLACING = tuple(f"{name}-overwrite" for name in ("import", "index", "teacher", "score", "select", "cache", "distill"))
+FIRST = ("import", "parquet", "index", "teacher", "score", "also", "proxies", "select", "cache", "grow", "export", "distill")
+REPLACING = tuple(f"{name}-overwrite" for name in ("import", "index", "teacher", "score", "select", "cache", "export", "distill"))
 MOMENTS = [
     *((name, place) for name in FIRST for place in ("0.4", "0.65", "manifest", "clearing")),
     *((name, place) for name in REPLACING for place in ("0.1", "0.6", "last")),

@@ -15,7 +15,7 @@ import pytest
 
 Whole = Callable[[str], Any]
 
-SCENES = ("import", "teacher", "score", "select", "cache", "grow", "distill")
+SCENES = ("import", "teacher", "score", "select", "cache", "grow", "export", "distill")
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
     "half": lambda data: data[: len(data) // 2],

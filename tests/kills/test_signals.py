@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-SCENES = ("import", "index", "teacher", "score", "select", "cache", "grow", "distill", "import-overwrite", "cache-overwrite")
+SCENES = ("import", "index", "teacher", "score", "select", "cache", "grow", "export", "distill", "import-overwrite", "cache-overwrite")
 MOMENTS = [
     *((name, "0.4", signal.SIGINT) for name in SCENES),
     *((name, "manifest", signal.SIGINT) for name in ("import", "teacher", "grow", "cache-overwrite")),

@@ -69,7 +69,7 @@ def test_nothing_is_written(digits: Path) -> None:
 def test_what_is_no_artefact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
-        match=r"holds no manifest.json: expected a finished dataset or subset or scores or logits or model; give another folder, or make",
+        match=r"holds no manifest.json: expected a finished dataset or subset or scores or logits or model or export; give another folder",
     ):
         info.run(info.InfoConfig(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")

@@ -27,6 +27,7 @@ LINES: dict[str, list[str]] = {
     "score": ["score", "--embedding"],
     "select": ["select", "--frac", "0.9", "--shard-samples", "30"],
     "cache": ["cache", "--views", "4"],
+    "export": ["export"],
     "distill": ["distill", "--model", "resnet8", "--epochs", "2", "--batch", "54"],
 }
 ROOMS = [(command, share) for command in LINES for share in ((0.4,) if command in ("teacher", "distill") else (0.02, 0.4, 0.9))]
