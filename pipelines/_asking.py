@@ -151,6 +151,11 @@ class Teachers:
         from kdprune_data.learn import views
         from kdprune_data.learn.stream import prefetch
 
+        if isinstance(images, np.ndarray) and self._renders_there():
+            held = torch.from_numpy(images).to(self.device)  # once for all views: only boxes travel after that
+            for box in boxes:
+                yield views.render(held, box, self.policy.size, self.device)
+            return
         n, size = len(images), self.policy.size
         ahead = 2 * self.jobs + 2  # parts that `prefetch` holds, and the one that is used
         parts = list(order.batches(np.arange(n), max(1, RENDERED_BYTES // (ahead * 3 * size * size))))
@@ -162,6 +167,10 @@ class Teachers:
         ready = prefetch(make, product(boxes, parts), self.jobs)
         for _ in boxes:
             yield torch.cat([next(ready) for _ in parts])
+
+    def _renders_there(self) -> bool:
+        """Whether views are rendered on the device: padded crops, which are exact everywhere, where that is not the CPU."""
+        return self.device.type != "cpu" and "pad" in self.policy.to_dict()
 
 
 def check_alike(saved: Sequence[Saved], data: Dataset) -> None:
