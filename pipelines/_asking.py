@@ -117,11 +117,12 @@ class Teachers:
         import torch
 
         on_device = pixels.to(self.device)
-        each = [net(one.normalisation.apply(on_device)).float() for net, one in zip(nets, self.saved, strict=True)]
+        each: list[torch.Tensor] = [net(one.normalisation.apply(on_device)).float() for net, one in zip(nets, self.saved, strict=True)]
         if self.temperature is None:
             return each[0].cpu()
         logs = torch.stack([torch.log_softmax(z.double() / self.temperature, 1) for z in each])
-        return (self.temperature * (torch.logsumexp(logs, 0) - np.log(len(each)))).float().cpu()
+        mean: torch.Tensor = self.temperature * (torch.logsumexp(logs, 0) - np.log(len(each)))
+        return mean.float().cpu()
 
     def _finite(self, logits: torch.Tensor, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch

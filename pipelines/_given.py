@@ -48,7 +48,7 @@ class Given:
     @property
     def views(self) -> int:
         """How many there are of each sample."""
-        return self.logits.shape[1]
+        return int(self.logits.shape[1])
 
     def boxes(self, rows: NDArray[np.int64], view: int) -> Geometry:
         """See `_asking.Source`."""

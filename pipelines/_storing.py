@@ -20,7 +20,7 @@ from kdprune_data.errors import UsageError
 from kdprune_data.formats import logit_files as files
 from kdprune_data.formats import lowrank, table
 from kdprune_data.formats.build import Build
-from kdprune_data.formats.logit_files import CODEBOOK, CODED, DTYPES, ViewRows, top1
+from kdprune_data.formats.logit_files import CODEBOOK, CODED, ViewRows, top1
 from kdprune_data.formats.lowrank import Codebook
 
 if TYPE_CHECKING:
@@ -54,9 +54,6 @@ class Part:
 class Store(Protocol):
     """A way to store."""
 
-    raw_bytes: int
-    """Bytes of a logit while it waits to be written."""
-
     def keep(self, full: NDArray[np.float32]) -> tuple[NDArray[np.floating], dict[float, float]]:
         """What waits of a batch's logits, of shape (n, c), and their mean KL by temperature, where it is known already."""
         ...
@@ -72,11 +69,6 @@ class PlainStore:
 
     dtype: str
 
-    @property
-    def raw_bytes(self) -> int:
-        """See `Store`."""
-        return np.dtype(DTYPES[self.dtype]).itemsize
-
     def keep(self, full: NDArray[np.float32]) -> tuple[NDArray[np.floating], dict[float, float]]:
         """See `Store`."""
         kept = files.stored(full, self.dtype)
@@ -87,7 +79,7 @@ class PlainStore:
         right = [top1(kept, labels) for kept in part.kept]
         views = [ViewRows(b.top, b.left, b.height, b.width, b.flip, z) for b, z in zip(part.boxes, part.kept, strict=True)]
         files.write_views(build, part.path, views, metadata | _measured(right, part.lost))
-        return np.sum(right, 0, dtype=np.int32)
+        return np.asarray(np.sum(right, 0), np.int32)
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,6 @@ class CodedStore:
     digest: str
     temperatures: Sequence[float]
     probe: NDArray[np.bool_]
-    raw_bytes: int = 4
 
     def keep(self, full: NDArray[np.float32]) -> tuple[NDArray[np.floating], dict[float, float]]:
         """See `Store`."""
@@ -118,7 +109,7 @@ class CodedStore:
         boxes = [files.Boxes(b.top, b.left, b.height, b.width, b.flip) for b in part.boxes]
         measured = {"codebook": self.digest, "measured": str(int(others.sum()))} | _measured(right, lost)
         files.write_coded(build, part.path, boxes, residuals, metadata | measured)
-        return np.sum(right, 0, dtype=np.int32)
+        return np.asarray(np.sum(right, 0), np.int32)
 
     def _base(self, build: Build, part: Part, metadata: dict[str, Any]) -> NDArray[np.int16]:
         """The base of a shard: of its first range's views, or as it stands in its file."""

@@ -10,7 +10,7 @@ Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ class Plan:
     fidelity: Fidelity | None
     dtype: str
     settings: Mapping[str, Any]
-    inputs: list[Mapping[str, Any]]
+    inputs: Sequence[Mapping[str, Any]]
     named: str
     source: Callable[[], Source]
 
@@ -181,8 +181,8 @@ def _plan_given(config: CacheConfig, data: Dataset) -> Plan:
     for flag, given in (("--teacher", config.teacher), ("--ensemble", config.ensemble), ("--code", config.code)):
         if given:
             raise UsageError(f"--from takes logits from elsewhere and {flag} asks a teacher: give one of the two")
-    for flag, given in (("--pad", config.pad), ("--scale", config.scale), ("--ratio", config.ratio)):
-        if given:
+    for flag, crop in (("--pad", config.pad), ("--scale", config.scale or None), ("--ratio", config.ratio or None)):
+        if crop is not None:
             raise UsageError(f"{flag} draws views, and those of --from are what its file says: leave it out")
     assert config.from_ is not None
     given_ = _given.read(config.from_, data, config.size)

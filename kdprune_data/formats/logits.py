@@ -249,7 +249,8 @@ class Opened:
 
     def take(self, at: NDArray[np.int64]) -> ViewRows:
         """Some of its rows."""
-        return ViewRows(*(side[at] for side in self.boxes), self.logits.take(at))
+        top, left, height, width, flip = self.boxes
+        return ViewRows(top[at], left[at], height[at], width[at], flip[at], self.logits.take(at))
 
 
 @dataclass(frozen=True)

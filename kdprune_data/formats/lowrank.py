@@ -56,16 +56,14 @@ class Codebook:
     def decode(self, base: NDArray[np.int16], residual: NDArray[np.int8]) -> NDArray[np.float32]:
         """Logits less their largest: float32 of shape (n, c). base, residual: of shape (n, k)."""
         reach = (int(np.abs(base, dtype=np.int64).max(initial=0)) + 128 * self.multiple) * int(np.abs(self.vectors[1:]).max(1).sum())
-        kind = np.float32 if reach + int(np.abs(self.vectors[0]).max()) < EXACT else np.float64
-        number = residual.astype(kind)
+        kind: type[np.floating] = np.float32 if reach + int(np.abs(self.vectors[0]).max()) < EXACT else np.float64
+        number: NDArray[np.floating] = residual.astype(kind)
         number *= self.multiple
         number += base
-        whole = number @ self.vectors[1:].astype(kind)
+        whole: NDArray[np.floating] = number @ self.vectors[1:].astype(kind)
         whole += self.vectors[0].astype(kind)
         whole -= whole.max(1, keepdims=True)
-        found = whole.astype(np.float32)
-        found *= np.float32(self.step / UNIT)
-        return found
+        return np.asarray(whole.astype(np.float32) * np.float32(self.step / UNIT))
 
     def base_of(self, mean: NDArray[np.floating]) -> NDArray[np.int16]:
         """What rounds the mean logits of samples: int16 of shape (n, k). mean: of shape (n, c)."""
