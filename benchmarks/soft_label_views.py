@@ -23,13 +23,15 @@ from kdprune_pipelines._console import quiet
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. `cached`: the cache in `logits/`, None for labels only on fresh views; `views`: of it, used in turn."""
+    """One way to train. `cached`: the cache in `logits/`, None for labels only on fresh views; `views`: of it, used in turn; `live`: its
+    boxes, of which the teacher is asked while it runs."""
 
     name: str
     cached: str | None
     views: int | None
     alpha: float = 0.9
     temperature: float = 4.0
+    live: bool = False
 
 
 def arms(epochs: int, seeds: Sequence[int]) -> list[tuple[Arm, Sequence[int]]]:
@@ -48,6 +50,7 @@ def arms(epochs: int, seeds: Sequence[int]) -> list[tuple[Arm, Sequence[int]]]:
         (Arm("16 views, alpha 1", "study", 16, alpha=1.0), few),
         (Arm("16 views, temperature 1", "study", 16, temperature=1.0), few),
         (Arm("16 views, temperature 2", "study", 16, temperature=2.0), few),
+        (Arm("16 views, the teacher live", "study", 16, live=True), few),
     ]
 
 
@@ -72,6 +75,7 @@ def trained(asked: argparse.Namespace, subset: Path, arm: Arm, seed: int) -> dic
         alpha=str(arm.alpha),
         temperature=arm.temperature,
         views=arm.views,
+        live=asked.teacher if arm.live else None,
         epochs=asked.epochs,
         seed=seed,
         jobs=1,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from kdprune_pipelines import _asking, _given, _recipes, _storing, _workspace
 from kdprune_pipelines._asking import Source
-from kdprune_pipelines._console import Outcome, bar, count, megabytes, say
+from kdprune_pipelines._console import Outcome, bar, count, duration, megabytes, say
 from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
 from kdprune_pipelines._models import Saved, open_model
 from kdprune_pipelines._storing import Fidelity, Part, PlainStore, Store
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from kdprune_data.learn.policy import Policy
 
 MOST_VIEWS = 10_000
+SOME_VIEWS = 10_000
+"""For fewer it is not worth while to measure how long they will take."""
 
 
 def _check_views(text: str) -> None:
@@ -223,7 +225,11 @@ def _fill(plan: Plan, build: Build, there: int) -> None:
     spans = files.ranges(there, plan.views - 1, largest * (classes * raw + 9))
     store, size = _store(plan, source, build, there, spans)
     asked = getattr(source, "device", None)
-    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}: about {megabytes(size)}")
+    many = len(data.usable()) * new >= SOME_VIEWS
+    time = f", about {duration(_tried(plan, source, there)[0])}" if many else ""
+    say(
+        f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}: about {megabytes(size)}{time}"
+    )
     covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
     wanted = [files.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
     once = [path(shard) for path in _once(plan) for shard in shards]
@@ -300,14 +306,26 @@ def _asked(source: Source, store: Store, rows: NDArray[np.int64], where: tuple[i
 
 def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
     """What filling would do: bytes of the view files, seconds from a few samples of the very work, which a code is then tried on."""
-    data, source = plan.data, plan.source()
-    rows = data.usable()
+    rows = plan.data.usable()
     there = LogitCache.open(folder).views if state == "finished" else 0
     new = max(plan.views - there, 0)
     state = "grown" if there and new else state
-    views = range(there, there + min(new, 8))
+    seconds, said = _tried(plan, plan.source(), there) if new else (0.0, [])
+    table = 0 if there else sum(len(one) + 48 for one in plan.data.ids[rows])
+    each = plan.view_bytes
+    if plan.fidelity is not None and new and (code := _code_of_few(plan, said)):
+        each = code.view_bytes + _geometry_bytes(plan)
+        table += 0 if there else int(len(rows) * code.base_bytes)
+    return Estimate(folder, state, {"sample": len(rows), "view": new}, int(len(rows) * new * each) + table, seconds).outcome()
+
+
+def _tried(plan: Plan, source: Source, there: int) -> tuple[float, list[list[NDArray[np.float32]]]]:
+    """The seconds that the views from `there` on would take, by a few samples of the very work; and what was said of up to 8 views of
+    these."""
+    rows = plan.data.usable()
+    views = range(there, min(plan.views, there + 8))
     said: list[list[NDArray[np.float32]]] = [[] for _ in views]
-    by_hash = np.argsort(order.order_hash(data.uids[rows], 0, "probe"), kind="stable")
+    by_hash = np.argsort(order.order_hash(plan.data.uids[rows], 0, "probe"), kind="stable")
 
     def work() -> Iterator[int]:
         done = 0
@@ -318,14 +336,7 @@ def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
                 yield done
                 done = 0
 
-    total = len(rows) * new
-    seconds = measure_growing(work(), total) if new else 0.0
-    table = 0 if there else sum(len(one) + 48 for one in data.ids[rows])
-    each = plan.view_bytes
-    if plan.fidelity is not None and new and (code := _code_of_few(plan, said)):
-        each = code.view_bytes + _geometry_bytes(plan)
-        table += 0 if there else int(len(rows) * code.base_bytes)
-    return Estimate(folder, state, {"sample": len(rows), "view": new}, int(total * each) + table, seconds).outcome()
+    return measure_growing(work(), len(rows) * (plan.views - there)), said
 
 
 def _code_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Code | None:
