@@ -226,10 +226,8 @@ def _fill(plan: Plan, build: Build, there: int) -> None:
     store, size = _store(plan, source, build, there, spans)
     asked = getattr(source, "device", None)
     many = len(data.usable()) * new >= SOME_VIEWS
-    time = f", about {duration(_tried(plan, source, there)[0])}" if many else ""
-    say(
-        f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}: about {megabytes(size)}{time}"
-    )
+    what = f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}"
+    say(f"{what}: about {megabytes(size)}" + (f", about {duration(_tried(plan, source, there)[0])}" if many else ""))
     covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
     wanted = [files.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
     once = [path(shard) for path in _once(plan) for shard in shards]
