@@ -301,7 +301,7 @@ def read_codebook(path: Path) -> tuple[Codebook, dict[str, Any]]:
         metadata = metadata_of(reader)
         if metadata["format"] != "1" or reader.num_record_batches != 1 or reader.schema.names != ["vector"]:
             raise ValueError(metadata["format"])
-        column = reader.get_batch(0).column(0)
+        column = table.ipc_batch(reader, 0).column(0)
         vectors = _of_type(column.flatten(), pa.int32()).to_numpy().reshape(len(column), -1)
         book = Codebook(vectors, float(metadata["step"]), int(metadata["multiple"]))
         if book.directions < 1 or not (0 < book.step < np.inf and 1 <= book.multiple <= 128):
@@ -344,7 +344,7 @@ def read_base(reader: Any, book: Codebook) -> NDArray[np.int16]:
     """The base in a base file: int16 of shape (n, k)."""
     if reader.num_record_batches != 1:
         raise ValueError(reader.num_record_batches)
-    return _by_row(reader.get_batch(0), "base", pa.int16(), book)
+    return _by_row(table.ipc_batch(reader, 0), "base", pa.int16(), book)
 
 
 def _by_row(batch: pa.RecordBatch, name: str, kind: pa.DataType, book: Codebook) -> NDArray[Any]:

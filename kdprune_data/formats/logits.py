@@ -358,7 +358,7 @@ def boxes_of(cache: LogitCache, shard: int, view: int) -> Boxes:
     first, last, _ = next(p for p in cache.parts if p[2] == shard and p[0] <= view <= p[1])
     path = cache.folder / view_path(first, last, shard)
     try:
-        return view_boxes(table.ipc_open(path).get_batch(view - first), coded=cache.coded)
+        return view_boxes(table.ipc_batch(table.ipc_open(path), view - first), coded=cache.coded)
     except BROKEN as error:
         raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
 
@@ -379,7 +379,7 @@ def open_view(cache: LogitCache, shard: int, view: int, checked: set[object] | N
             _check_view(cache, shard, path, metadata)
             if metadata["views"] != f"{first},{last}" or reader.num_record_batches != last - first + 1:
                 raise ValueError(metadata["views"])
-        batch = reader.get_batch(view - first)
+        batch = table.ipc_batch(reader, view - first)
         boxes, logits = coded_view(batch, cache.codebook, cache.base_of(shard)) if cache.coded else plain_view(batch)
         recorded = int(json.loads(metadata["top1_correct"])[view - first])
     except BROKEN as error:
