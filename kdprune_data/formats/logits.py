@@ -52,6 +52,8 @@ from kdprune_data.formats.lowrank import Codebook
 from kdprune_data.formats.manifest import Manifest
 
 __all__ = ["Joined", "LogitCache", "Opened", "boxes_of", "normalisation_of", "open_view", "read_view"]
+ENDLESS = ("pad-crop", "resized-crop")
+"""Kinds of policies of which there is always another view."""
 OPEN_BYTES = 256_000_000
 """Of each kind, what is held open takes about this much memory at most: views of the shards that are trained in turn, and of the next."""
 ENTRY_BYTES = 16_384
@@ -149,6 +151,14 @@ class LogitCache:
     def views(self) -> int:
         """How many views there are, numbered from 0."""
         return int(self.manifest.counts["views"])
+
+    def count_of(self, asked: int | None) -> int:
+        """How many of its views that is: all for None. Raises UsageError for more than there are."""
+        if asked is not None and asked > self.views:
+            more = self.policy["kind"] in ENDLESS
+            how = f"make more with cache --views {asked}" if more else f"these are all, of policy {self.policy['kind']}; ask for fewer"
+            raise UsageError(f"{self.folder} has {self.views} views, {asked} are asked for: {how}")
+        return asked or self.views
 
     @property
     def policy(self) -> Mapping[str, Any]:
@@ -338,7 +348,7 @@ class Joined:
         Raises UsageError for a view or a row that is not there, FormatError for a file that does not belong to its rows.
         """
         if not 0 <= view < self.cache.views:
-            raise UsageError(f"{self.cache.folder} has views 0 to {self.cache.views - 1}, not {view}: make more with cache --views")
+            raise UsageError(f"{self.cache.folder} has views 0 to {self.cache.views - 1}, not {view}: ask for one of these")
         place = self.place[rows]
         if place.min(initial=0) < 0:
             raise UsageError(f"{self.cache.folder} has no logits of row {rows[place.argmin()]}, which does not decode: leave it out")
