@@ -87,7 +87,7 @@ def read(path: Path, data: Dataset, size: int | None) -> Given:
     views = int(view.max(initial=0)) + 1
     used = np.flatnonzero(sample >= 0)
     if len(used) < len(table):
-        say(f"{count(len(table) - len(used), 'row')} of {path} of ids that {data.folder} does not have: left out")
+        say(f"{count(len(table) - len(used), 'row')} of {path} of ids that {data.folder} does not have, or that do not decode: left out")
     n = int(place.max()) + 1
     if views > len(table):
         raise SourceError(f"{path}: view {views - 1} is given, of {len(table):,} rows: number views from 0, without gaps")

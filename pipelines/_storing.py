@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 from kdprune_pipelines._asking import Source
-from kdprune_pipelines._console import bar, say
+from kdprune_pipelines._console import bar, count, say
 from numpy.typing import NDArray
 
 from kdprune_data import order
@@ -191,7 +191,7 @@ def coded_store(source: Source, build: Build, fidelity: Fidelity, views: int) ->
         }
         build.write(CODEBOOK, files.codebook_bytes(code.book, facts), {"views": views})
         say(
-            f"{CODED}: {code.book.directions} directions, step {code.book.step * code.book.multiple:.3g}; KL of the probe "
+            f"{CODED}: {count(code.book.directions, 'direction')}, step {code.book.step * code.book.multiple:.3g}; KL of the probe "
             + ", ".join(f"{kl:.2g} at temperature {tau:g}" for tau, kl in code.kl.items())
         )
     book, _ = files.read_codebook(build.folder / CODEBOOK)
