@@ -247,9 +247,9 @@ def _store(plan: Plan, source: Source, build: Build, there: int, spans: list[tup
     if plan.fidelity is None:
         return PlainStore(plan.dtype), int(samples * new * plan.view_bytes)
     first = LogitCache.open(build.folder).parts[0] if there else (*spans[0], 0)
-    store, code = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
-    if code is not None:
-        return store, int(samples * (new * (code.view_bytes + _geometry_bytes(plan)) + code.base_bytes))
+    store, choice = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
+    if choice is not None:
+        return store, int(samples * (new * (choice.view_bytes + _geometry_bytes(plan)) + choice.base_bytes))
     standing = [f for f in build.files() if f.path.startswith("views-")]
     done = sum(len(plan.data.rows_of(files.shard_of(f.path))) * len(files.views_of(f.path)) for f in standing)
     return store, int(samples * new * sum(f.bytes for f in standing) / max(done, 1))
@@ -311,9 +311,9 @@ def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
     seconds, said = _tried(plan, plan.source(), there) if new else (0.0, [])
     table = 0 if there else sum(len(one) + 48 for one in plan.data.ids[rows])
     each = plan.view_bytes
-    if plan.fidelity is not None and new and (code := _code_of_few(plan, said)):
-        each = code.view_bytes + _geometry_bytes(plan)
-        table += 0 if there else int(len(rows) * code.base_bytes)
+    if plan.fidelity is not None and new and (choice := _choice_of_few(plan, said)):
+        each = choice.view_bytes + _geometry_bytes(plan)
+        table += 0 if there else int(len(rows) * choice.base_bytes)
     return Estimate(folder, state, {"sample": len(rows), "view": new}, int(len(rows) * new * each) + table, seconds).outcome()
 
 
@@ -337,7 +337,7 @@ def _tried(plan: Plan, source: Source, there: int) -> tuple[float, list[list[NDA
     return measure_growing(work(), len(rows) * (plan.views - there)), said
 
 
-def _code_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Code | None:
+def _choice_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Choice | None:
     """About how a coded cache would be coded; None where too little was said to tell: then the plain size is the most it takes."""
     assert plan.fidelity is not None
     logits = np.stack([np.concatenate(one) for one in said])
