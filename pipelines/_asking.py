@@ -16,7 +16,7 @@ from kdprune_pipelines._models import Saved
 from numpy.typing import NDArray
 
 from kdprune_data import order
-from kdprune_data.errors import MismatchError, SourceError, some
+from kdprune_data.errors import MismatchError, SourceError, UsageError, some
 from kdprune_data.formats.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -175,8 +175,11 @@ class Teachers:
 
 
 def check_alike(saved: Sequence[Saved], data: Dataset) -> None:
-    """Raise MismatchError unless all teachers know the data's classes, in their order, and take inputs of one size."""
-    for one in saved:
+    """Raise MismatchError unless all teachers know the data's classes, in their order, and take inputs of one size; UsageError where one
+    is given twice."""
+    for n, one in enumerate(saved):
+        if again := [other.folder for other in saved[:n] if other.manifest.digest == one.manifest.digest]:
+            raise UsageError(f"--ensemble {one.folder} is the same teacher as {again[0]}: give each once")
         data.same_classes(one.manifest.classes, str(one.folder))
         if one.architecture.size != saved[0].architecture.size:
             raise MismatchError(

@@ -182,6 +182,7 @@ def coded_store(source: Source, build: Build, fidelity: Fidelity, views: int) ->
     rows, choice = probe_rows(source), None
     noted = build.finished(CODEBOOK)
     if noted is None or noted.get("views", views) != views:  # that of a run for other views is none of this one's
+        build.keep_only(())  # what was coded with another codebook
         choice = choose(_ask(source, rows, min(views, PROBE_VIEWS)), fidelity, views)
         code = choice.code
         facts = {

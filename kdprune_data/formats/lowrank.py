@@ -10,6 +10,7 @@ Why not the largest few logits, the field's habit: their tail is what distillati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,18 +56,35 @@ class Codebook:
         """Logits less their largest: float32 of shape (n, c). base, residual: of shape (n, k)."""
         whole = self.whole(base, residual)
         whole -= whole.max(1, keepdims=True)
-        return np.asarray(whole.astype(np.float32) * np.float32(self.step / UNIT))
+        found = whole.astype(np.float32, copy=False)
+        found *= np.float32(self.step / UNIT)
+        return found
 
     def whole(self, base: NDArray[np.int16], residual: NDArray[np.int8]) -> NDArray[np.floating]:
         """Logits in parts of a step, whole numbers in float32 or float64, exactly: of shape (n, c). base, residual: of shape (n, k)."""
-        reach = (int(np.abs(base, dtype=np.int64).max(initial=0)) + 128 * self.multiple) * int(np.abs(self.vectors[1:]).max(1).sum())
-        kind: type[np.floating] = np.float32 if reach + int(np.abs(self.vectors[0]).max()) < EXACT else np.float64
+        most = max(int(base.max(initial=0)), -int(base.min(initial=0))) + 128 * self.multiple
+        kind: type[np.floating] = np.float32 if most * self._reach[1] + self._reach[0] < EXACT else np.float64
+        vectors = self._vectors32 if kind is np.float32 else self._vectors64
         number: NDArray[np.floating] = residual.astype(kind)
         number *= self.multiple
         number += base
-        whole: NDArray[np.floating] = number @ self.vectors[1:].astype(kind)
-        whole += self.vectors[0].astype(kind)
+        whole: NDArray[np.floating] = number @ vectors[1:]
+        whole += vectors[0]
         return whole
+
+    @cached_property
+    def _reach(self) -> tuple[int, int]:
+        """The largest number of the mean, and how far the directions reach together."""
+        size = np.abs(self.vectors, dtype=np.int64).max(1)
+        return int(size[0]), int(size[1:].sum())
+
+    @cached_property
+    def _vectors32(self) -> NDArray[np.float32]:
+        return self.vectors.astype(np.float32)
+
+    @cached_property
+    def _vectors64(self) -> NDArray[np.float64]:
+        return self.vectors.astype(np.float64)
 
     def base_of(self, mean: NDArray[np.floating]) -> NDArray[np.int16]:
         """What rounds the mean logits of samples: int16 of shape (n, k). mean: of shape (n, c)."""
