@@ -134,12 +134,15 @@ def _other_boxes(case: Case) -> Iterator[Supposition]:
     yield case.with_boxes(case.drawn(policy, 0), "they are of the boxes that the policy draws, and other boxes are stored")
     for by in (1, -1):
         other, views = case.pairs.views + by, case.witness.joined.cache.views
-        at = np.flatnonzero((other >= 0) & ((other < views) | (views == 1)))
+        most = policy.views or (views if views > 1 else np.inf)  # of a single view the next one may be drawn, if there is one
+        at = np.flatnonzero((other >= 0) & (other < most))
         if len(at) >= ENOUGH * len(other):
             few = replace(case, pairs=case.pairs.take(at), said=case.said[at])
             text = f"they are those of another view, number v {'+' if by > 0 else '-'} 1 in the place of v"
             yield few.with_boxes(few.drawn(policy, by), text)
     for asked, what in _policies(policy):
+        if asked.views is not None and case.pairs.views.max() >= asked.views:
+            continue
         yield case.with_boxes(case.drawn(asked, 0), f"another policy: they are of views with {what}")
 
 

@@ -23,7 +23,7 @@ from kdprune_pipelines._console import Outcome, bar, count, megabytes, say, say_
 from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
 
 from kdprune_data.config import Config, option
-from kdprune_data.errors import FormatError, SourceError, UsageError
+from kdprune_data.errors import FormatError, SourceError
 from kdprune_data.formats import indexing
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.build import Build
@@ -55,9 +55,7 @@ def run(config: ExportConfig) -> Outcome:
     contents = _workspace.contents(data.manifest.as_input("data"))
     cache = LogitCache.open(_workspace.one(config.logits, _workspace.LOGITS, "--logits", lambda one: one.content in contents))
     data.same_classes(cache.manifest.classes, str(cache.folder))
-    views = cache.views if config.views is None else config.views
-    if views > cache.views:
-        raise UsageError(f"{cache.folder} has {cache.views} views, {views} are asked for: make more with cache --views {views}")
+    views = cache.count_of(config.views)
     export = Export(data, cache.join(data), views)
     folder, name = _workspace.place(config.out, config.name, _workspace.EXPORTS, cache.manifest.name)
     settings = {"views": views, "dtype": dtype_of(cache)}

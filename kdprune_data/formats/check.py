@@ -115,6 +115,7 @@ def _vectors(folder: Path, part: str, samples: int, manifest: Manifest) -> Itera
 def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
     """A logit cache: every view of every shard belongs to its rows, its teacher and its policy, and its labels are where they were."""
     cache = LogitCache.open(folder)
+    yield from _losses(cache)
     total, first, uids = 0, min(p[1] for p in cache.parts if p[0] == 0), []
     checked: set[object] = set()  # each file's digest once, not for every view
     for shard in cache.shards:
@@ -145,6 +146,22 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
     for name, counted in counts.items():
         if manifest.counts.get(name) != counted:
             yield Fault(str(folder), f"has {counted:,} {name}, the manifest says {manifest.counts.get(name)}")
+
+
+def _losses(cache: LogitCache) -> Iterator[Fault]:
+    """What is stated of KL: by every file (FormatError where one does not), for the temperatures and the fidelity that were asked for."""
+    config = cache.manifest.config
+    stated = {"the views": sorted(map(float, cache.kl))}
+    if cache.coded:
+        facts = logit_files.read_codebook(cache.folder / logit_files.CODEBOOK)[1]
+        stated["the codebook"] = facts["temperatures"]
+        if facts["fidelity"] != config["fidelity"]:
+            yield Fault(
+                str(cache.folder / logit_files.CODEBOOK), f"is for fidelity {facts['fidelity']}, the manifest says {config['fidelity']}"
+            )
+    for what, found in stated.items():
+        if cache.coded and found != sorted(config["temperatures"]):
+            yield Fault(str(cache.folder), f"{what} state KL at temperatures {found}, the manifest says {config['temperatures']}")
 
 
 def training_dynamics(folder: Path, manifest: Manifest) -> Iterator[Fault]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdprune_data import order
-from kdprune_data.errors import FormatError, MismatchError, UsageError, some
+from kdprune_data.errors import FormatError, MismatchError, UsageError, first_line, some
 from kdprune_data.formats import indexing, table
 from kdprune_data.formats import manifest as m
 from kdprune_data.formats.dataset import Dataset
@@ -29,6 +29,7 @@ from kdprune_data.formats.logit_files import (
     BROKEN,
     CODEBOOK,
     CODED,
+    DTYPES,
     ROWS_SCHEMA,
     Boxes,
     Stored,
@@ -51,6 +52,8 @@ from kdprune_data.formats.lowrank import Codebook
 from kdprune_data.formats.manifest import Manifest
 
 __all__ = ["Joined", "LogitCache", "Opened", "boxes_of", "normalisation_of", "open_view", "read_view"]
+ENDLESS = ("pad-crop", "resized-crop")
+"""Kinds of policies of which there is always another view."""
 OPEN_BYTES = 256_000_000
 """Of each kind, what is held open takes about this much memory at most: views of the shards that are trained in turn, and of the next."""
 ENTRY_BYTES = 16_384
@@ -108,15 +111,38 @@ class LogitCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> LogitCache:
-        """Open a cache. Raises UsageError when the folder is none, FormatError when a view of it is missing."""
+        """Open a cache. Raises UsageError when the folder is none, FormatError when its manifest is not as the format says, or a view of it
+        is missing."""
         folder = Path(folder)
         cache = cls(folder, Manifest.load(folder, kinds=("logits",)))
+        try:
+            cache._check_manifest()
+        except (ValueError, TypeError, LookupError) as error:
+            raise FormatError(f"{folder / m.NAME} is not that of a logit cache ({first_line(error)}): make or fetch it again") from None
         covered = sorted({(a, b) for a, b, _ in cache.parts})
         if [v for a, b in covered for v in range(a, b + 1)] != list(range(cache.views)):
             raise FormatError(f"{folder} says {cache.views} views, its files hold {covered}: run cache again, or fetch it again")
         if len(cache.parts) != len(covered) * len(cache.shards):
             raise FormatError(f"{folder} does not hold every range of views of every shard: run cache again, or fetch it again")
         return cache
+
+    def _check_manifest(self) -> None:
+        """Raise ValueError, TypeError or LookupError unless what is read of the manifest is there."""
+        config, views = self.manifest.config, self.manifest.counts["views"]
+        if type(views) is not int or views < 1:
+            raise ValueError(f"views {views!r}")
+        if config["dtype"] not in (*DTYPES, CODED):
+            raise ValueError(f"dtype {config['dtype']!r}")
+        if not isinstance(config["policy"], dict):
+            raise TypeError(f"policy {config['policy']!r}")
+        numbers = [*config["temperatures"], config["fidelity"]] if self.coded else []
+        numbers += [config["ensemble"]["temperature"]] if "ensemble" in config else []
+        if not all(isinstance(one, int | float) and one > 0 for one in numbers) or len(numbers) < 2 * self.coded:
+            raise TypeError(f"temperatures and fidelity {numbers}")
+        once = [rows_path, base_path] if self.coded else [rows_path]
+        missing = {path(shard) for shard in self.shards for path in once}.union([CODEBOOK] if self.coded else []) - self.sha256.keys()
+        if missing:
+            raise LookupError(f"{min(missing)} is not listed")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (LogitCache, (self.folder, self.manifest))
@@ -125,6 +151,14 @@ class LogitCache:
     def views(self) -> int:
         """How many views there are, numbered from 0."""
         return int(self.manifest.counts["views"])
+
+    def count_of(self, asked: int | None) -> int:
+        """How many of its views that is: all for None. Raises UsageError for more than there are."""
+        if asked is not None and asked > self.views:
+            more = self.policy["kind"] in ENDLESS
+            how = f"make more with cache --views {asked}" if more else f"these are all, of policy {self.policy['kind']}; ask for fewer"
+            raise UsageError(f"{self.folder} has {self.views} views, {asked} are asked for: {how}")
+        return asked or self.views
 
     @property
     def policy(self) -> Mapping[str, Any]:
@@ -217,6 +251,8 @@ class LogitCache:
                 metadata, base = metadata_of(reader), read_base(reader, self.codebook)
             except BROKEN as error:
                 raise FormatError(f"{path} is no base as its format says ({type(error).__name__}): make or fetch it again") from None
+            if metadata.get("format") != "1":
+                raise FormatError(f"{path} is not of format 1, which this version reads: make or fetch it again")
             if metadata.get("rows") != rows.digest or metadata.get("codebook") != self.sha256[CODEBOOK] or len(base) != len(rows.labels):
                 raise FormatError(f"{path} was made for other samples or another codebook than those beside it: make or fetch it again")
             return base
@@ -312,7 +348,7 @@ class Joined:
         Raises UsageError for a view or a row that is not there, FormatError for a file that does not belong to its rows.
         """
         if not 0 <= view < self.cache.views:
-            raise UsageError(f"{self.cache.folder} has views 0 to {self.cache.views - 1}, not {view}: make more with cache --views")
+            raise UsageError(f"{self.cache.folder} has views 0 to {self.cache.views - 1}, not {view}: ask for one of these")
         place = self.place[rows]
         if place.min(initial=0) < 0:
             raise UsageError(f"{self.cache.folder} has no logits of row {rows[place.argmin()]}, which does not decode: leave it out")

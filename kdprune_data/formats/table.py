@@ -75,8 +75,7 @@ def ipc_write(sink: Any, batches: Sequence[pa.RecordBatch], schema: pa.Schema, *
 
 
 def ipc_batch(reader: Any, n: int) -> pa.RecordBatch:
-    """The n-th record batch of a file. Raises ArrowException where it is damaged: arrow reads what it does not check, wherever that
-    leads."""
+    """The n-th record batch of a file. Raises ArrowException where it is damaged: unchecked, arrow follows offsets out of the file."""
     batch = reader.get_batch(n)
     batch.validate(full=True)
     return batch

@@ -177,9 +177,8 @@ class BoxesOnly:
 def cached_views(data: Dataset, cache: LogitCache, count: int | None = None) -> CachedViews:
     """A cache aligned with a data set. Raises MismatchError when it is of other data, UsageError when it has fewer views."""
     data.same_classes(cache.manifest.classes, f"{cache.folder}")
-    if count is not None and count > cache.views:
-        raise UsageError(f"{cache.folder} has {cache.views} views, {count} are asked for: make more with cache --views {count}")
-    return CachedViews(cache.join(data), Policy.from_dict(cache.policy), count or cache.views)
+    shown = cache.count_of(count)
+    return CachedViews(cache.join(data), Policy.from_dict(cache.policy), shown)
 
 
 @dataclass(frozen=True)

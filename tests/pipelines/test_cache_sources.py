@@ -74,6 +74,14 @@ def test_the_image_itself(chain_copy: Path, kdprune: Cli) -> None:
     assert found.logits == pytest.approx(z - z.max(1, keepdims=True), rel=1e-4, abs=1e-4)
 
 
+def test_of_views_that_have_an_end_there_are_no_more(chain_copy: Path, kdprune: Cli) -> None:
+    assert kdprune("cache", "--views", "all", "--name", "all", cwd=chain_copy).code == 0
+    for line in ([*STUDENT, "logits/all", "--views", 10], ["export", "--logits", "logits/all", "--views", 10]):
+        ran = kdprune(*line, cwd=chain_copy)
+        said = "logits/all has 9 views, 10 are asked for: these are all, of policy every-crop; ask for fewer"
+        assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
 def test_every_crop_of_photographs_has_no_end(tmp_path: Path, real_data: Path, kdprune: Cli) -> None:
     for line in (
         ["import", real_data / "photos/train.parquet"],

@@ -677,6 +677,33 @@ def test_the_cache_of_the_whole_set_serves_a_subset(workspace: Path, kdprune: Cl
     assert said.cause == "each is that of the sample 1 row after: a join by position, shifted"
 
 
+@pytest.mark.parametrize("kind", [["identity"], ["all", "--flip", "on"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda scene: scene.joined(shifted_by_rows), "each is that of the sample 1 row before: a join by position, shifted"),
+        (lambda scene: scene.of_inputs(lambda pixels: pixels.float() / 255), "another normalisation of the teacher's inputs"),
+        (lambda scene: scene.again(lambda shard, view, one: np.roll(one.logits, 3, 0)[:, ::-1] * 3 + view), ""),
+    ],
+    ids=["shifted", "normalisation", "nonsense"],
+)
+def test_views_that_have_an_end(workspace: Path, kdprune: Cli, kind: list[str], wrong: Callable[[Scene], Whole], said: str) -> None:
+    """The image itself has no next view, and of every crop without mirroring there are half as many."""
+    made = f"logits/of-{kind[0]}"
+    assert kdprune("cache", "--views", *kind, "--dtype", "float16", "--out", made, cwd=workspace).code == 0
+    scene = Scene(workspace, cache=Path(made))
+    shutil.rmtree(workspace / "logits/ended", ignore_errors=True)
+    folder = write(workspace, "ended", wrong(scene), beside=Path(made))
+    ran = kdprune("verify", folder, "--teacher", TEACHER, cwd=workspace)
+    assert (ran.code, "are not what teachers/resnet8-s0 says of them again" in ran.out, said in ran.out) == (1, True, True), (
+        ran.out + ran.err
+    )
+
+
+def shifted_by_rows(_: int, one: ViewRows) -> ViewRows:
+    return one._replace(logits=np.roll(one.logits, 1, axis=0))
+
+
 def test_shifted_rows_have_largest_value_zero() -> None:
     found = shifted(np.array([[1.0, 3.0], [-2.0, -5.0]], np.float32))
     assert found.tolist() == [[-2, 0], [0, -3]]
