@@ -14,8 +14,9 @@ synthetic ones.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,9 @@ def packings(made: Coded, first: dict[str, Any], part: Part, box: float) -> Rows
         return first | {"variant": name, "base, bytes a sample": base, "view, bytes": view, "bytes per view": base / v + view + box}
 
     found = [row("entropy of each direction's numbers", entropy(made.base) / n, entropy(arrays) / n / v)]
+    pairs = [np.ascontiguousarray(one).view(np.uint8).reshape(*one.shape, 2) for one in made.base if one.dtype == np.int16]
+    planes = packed([one[..., 0] for one in pairs]) + packed([one[..., 1] for one in pairs])
+    found.append(row("base as low bytes, then high bytes", planes / n, first["view, bytes"]))
     for codec, level in PACKINGS:
         total = sum(packed([one], level, codec) for one in arrays)
         found.append(row(f"{codec}, level {level}", packed(made.base, level, codec) / n, total / n / v))
@@ -122,6 +126,19 @@ def real(said: Said, views: int, *, cpu: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         row |= sizes(Path(folder) / "sizes", some.other, book, said.size)
         return row | times(Path(folder) / "times", some.other, book, said.size, cpu=cpu)
+
+
+def tables(sets: Sequence[Said], counts: Sequence[int], *, cpu: bool) -> Iterator[tuple[str, Rows]]:
+    """All tables, by name, as they are done. sets: the teacher's own logits first; counts: of views."""
+    yield "logits", [{"logits": said.name, "measured": said.other.full.shape[1]} | facts(said.other) for said in sets]
+    yield "number of views", by_views(sets[0])
+    for views in counts:
+        yield f"codes, {sets[0].name}, {views} views", compared(sets[0], views)
+        yield f"tried, {sets[0].name}, {views} views", tried(sets[0], views)
+    yield "files and times", [{"logits": said.name} | real(said, counts[0], cpu=cpu) for said in sets]
+    for said in sets[1:]:
+        for views in counts:
+            yield f"codes, {said.name}, {views} views", compared(said, views)
 
 
 def main() -> None:
@@ -141,24 +158,19 @@ def main() -> None:
     if earlier is not None:
         sets.append(halves(f"{2 * classes} classes, the teacher beside epoch {epoch}", beside(one, earlier), size))
     sets.append(halves(f"{asked.synthetic} classes, synthetic", synthetic(one, asked.synthetic, asked.samples // 2), size))
-    counts = sorted({min(8, asked.views), asked.views})
-    found: dict[str, Rows] = {"logits": [{"logits": said.name} | facts(said.other) for said in sets]}
-    for said in sets:
-        for views in counts:
-            found[f"codes, {said.name}, {views} views"] = compared(said, views)
-    found["number of views"] = by_views(sets[0])
-    for views in counts:
-        found[f"tried, {sets[0].name}, {views} views"] = tried(sets[0], views)
-    found["files and times"] = [{"logits": said.name} | real(said, counts[0], cpu=asked.cpu) for said in sets]
-    if asked.out:
-        asked.out.write_text(json.dumps({"machine": about, "tables": found}, indent=1) + "\n", encoding="utf-8")
+    if not asked.json:
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+    found: dict[str, Rows] = {}
+    for name, rows in tables(sets, sorted({min(8, asked.views), asked.views}), cpu=asked.cpu):
+        found[name] = rows
+        if not asked.json:
+            print(f"\n**{name}**\n")
+            table(rows)
+            sys.stdout.flush()
     if asked.json:
         print(json.dumps({"machine": about, "tables": found}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    for name, rows in found.items():
-        print(f"\n**{name}**\n")
-        table(rows)
+    if asked.out:
+        asked.out.write_text(json.dumps({"machine": about, "tables": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
