@@ -84,7 +84,8 @@ def residuals(part: Part, steps: Callable[[Array], Array], *, ranked: bool = Fal
     order = np.argsort(step, axis=1, kind="stable")
 
     def view(full: NDArray[np.float32]) -> tuple[list[Array], Callable[[float], Array]]:
-        whole = np.clip(np.rint((lowrank.centre(full) - own) / step), -127, 127).astype(np.int8)
+        exact = np.rint((lowrank.centre(full) - own) / step)
+        whole = exact.astype(np.int8 if np.abs(exact).max() <= 127 else np.int32)
         again = own + whole * step
         return [np.take_along_axis(whole, order, 1).T if ranked else whole.T], lambda tau: again
 

@@ -124,9 +124,9 @@ def coarsest(code: Stepped, part: Part, bound: float, *, high: float = 32.0) -> 
     return low
 
 
-def same_kl(code: Stepped, part: Part, bound: float) -> float:
+def same_kl(code: Stepped, part: Part, bound: float, *, start: float = 1.0) -> float:
     """The step with which the largest of the mean KLs is the bound, to a hundredth of it: codes are compared at one KL."""
-    step = 1.0
+    step = start
     for _ in range(12):
         lost = worst(code(step, part), part)
         if abs(lost / bound - 1) < 0.01:

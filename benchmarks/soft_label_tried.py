@@ -20,7 +20,8 @@ LEAST_WEIGHT = 0.02
 """Rows that weigh less in KL get no coarser step."""
 LEAST_NOISE = 0.05
 """What comes back of an earlier view is at least so far from it, in shares of its variance."""
-SWEEPS = 2
+PRICE, SWEEPS = 0.075, 2
+"""What a bit may cost, as a share of the KL that is aimed at; and how often every number is looked at."""
 FEW_VIEWS = 16
 """From so many views on a sample may have coefficients of its own."""
 
@@ -44,9 +45,9 @@ class Variant:
     space: Space
     multiple: int
     dead: float = DEAD_ZONE
+    nats: float = 0.0
     scale: Callable[[Array], Array] | None = None
     guess: Callable[[Part, Array], Guess] | None = None
-    nats: float = 0.0
 
     def __call__(self, step: float, part: Part) -> Coded:
         book = self.space.codebook(step, self.multiple)
@@ -56,15 +57,17 @@ class Variant:
         size = self.multiple * (1.0 if self.scale is None else self.scale(book.decode(base, np.zeros(base.shape, np.int8))))
         residual = np.stack([((lowrank.centre(full) / book.step - mean) @ back - base) / size for full in part.full])
         guess = None if self.guess is None else self.guess(part, residual)
-        bits = bits_of(rounded(residual, self.dead))
 
         def views() -> Iterator[tuple[list[Array], Callable[[float], Array]]]:
             before: list[Array] = []
+            count = counted(rounded(residual, self.dead))
             for v, own in enumerate(residual):
                 known = np.zeros(own.shape) if guess is None else guess.of(v, before)
                 whole = rounded(own - known, self.dead)
                 if self.nats:
-                    whole = weighed(whole, own - known, metric(part.full[v], directions * step), self.nats * bits)
+                    form = metric(part.full[v], directions * book.step) * np.square(size).reshape(-1, 1, 1)
+                    whole = weighed(whole, own - known, form, self.nats * bits(count))
+                    count = (count if v else 0) + counted(whole)
                 before.append(known + whole)
                 again = ((base + size * before[-1]) @ directions + mean) * book.step
                 yield [whole.astype(np.int8).T], lambda tau, again=again: again
@@ -80,17 +83,22 @@ def rounded(numbers: Array, dead: float) -> Array:
 # --- rounding by what it costs
 
 
-def bits_of(whole: Array) -> Array:
-    """Bits of every whole number from -128 to 127 along each direction, by how often it comes: shape (k, 256). whole: shape (v, n, k)."""
-    count = np.stack([np.bincount(one.ravel().astype(int) + 128, minlength=256) for one in np.moveaxis(whole, -1, 0)]) + 0.05
-    return np.asarray(-np.log2(count / count.sum(1, keepdims=True)))
+def counted(whole: Array) -> Array:
+    """How often every whole number from -128 to 127 comes along each direction: shape (k, 256). whole: shape (..., k)."""
+    return np.stack([np.bincount(one.ravel().astype(int) + 128, minlength=256) for one in np.moveaxis(whole, -1, 0)])
+
+
+def bits(count: Array) -> Array:
+    """What the numbers take that come so often: shape (k, 256)."""
+    return np.asarray(-np.log2((count + 0.05) / (count + 0.05).sum(1, keepdims=True)))
 
 
 def metric(full: Array, directions: Array) -> Array:
-    """KL at the lowest temperature of an error along the directions, as a quadratic form for each row: shape (n, k, k)."""
-    p = np.exp(lowrank.log_softmax(full, TEMPERATURES[0])) / TEMPERATURES[0] ** 2
-    own = p @ directions.T * TEMPERATURES[0]
-    return np.asarray(((p[:, None] * directions) @ directions.T - own[:, :, None] * own[:, None]) / 2)
+    """KL of an error along the directions, summed over the temperatures, as a quadratic form for each row: shape (n, k, k)."""
+    p = [np.exp(lowrank.log_softmax(full, tau)) / tau for tau in TEMPERATURES]
+    weight = sum(one / tau for one, tau in zip(p, TEMPERATURES, strict=True))
+    along = np.stack([one @ directions.T for one in p], 1)
+    return np.asarray(((weight[:, None] * directions) @ directions.T - along.transpose(0, 2, 1) @ along) / 2)
 
 
 def weighed(whole: Array, exact: Array, form: Array, price: Array) -> Array:
@@ -119,7 +127,7 @@ def by_row(own: Array) -> Array:
 
 
 def in_metric(part: Part) -> Space:
-    """Principal directions after a change of coordinates in which errors of one length cost alike in KL at the lowest temperature, on
+    """Principal directions after a change of coordinates in which errors of one length cost alike in KL at the first temperature, on
     average over the samples."""
     full = lowrank.centre(part.full)
     v, n, c = full.shape
@@ -217,12 +225,15 @@ def likeness(part: Part) -> tuple[Array, Array]:
 def variants(said: Said, views: int, bound: float) -> dict[str, Stepped]:
     """By name; the first is what is kept."""
     few, multiple = said.views(views), lowrank.multiple_for(views)
-    kept = Variant(lowrank.fit(few.fit.full), multiple)
+    kept = Variant(lowrank.fit(few.fit.full), multiple, nats=PRICE * bound)
+    alone = replace(kept, nats=0.0)
     found: dict[str, Stepped] = {
-        "kept": kept,
-        "rounding to the nearest": replace(kept, dead=0.5),
-        "rounding down from 0.7": replace(kept, dead=0.7),
-        "rounding by KL and bits of each row": replace(kept, nats=0.06 * bound),
+        "as kept": kept,
+        "each number rounded by itself, down below 0.6": alone,
+        "each number rounded by itself, to the nearest": replace(alone, dead=0.5),
+        "each number rounded by itself, down below 0.7": replace(alone, dead=0.7),
+        "a bit at half the price": replace(kept, nats=kept.nats / 2),
+        "a bit at twice the price": replace(kept, nats=kept.nats * 2),
         "steps by a row's weight in KL": replace(kept, scale=by_row),
         "directions in the metric of KL": replace(kept, space=in_metric(few.fit)),
     }
