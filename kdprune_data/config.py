@@ -63,13 +63,19 @@ class Config:
         return cls(**cls.checked(values))
 
     @classmethod
+    def field_of(cls, key: str, what: str = "option") -> str:
+        """The field of an option by its name in plain values: `from_` of `from`. Raises UsageError where there is none of `what`."""
+        types_of = field_types(cls)
+        found = key if key in types_of or f"{key}_" not in types_of else f"{key}_"
+        if found not in types_of:
+            raise unknown(what, key, [name.rstrip("_") for name in types_of])
+        return found
+
+    @classmethod
     def checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Some settings from plain values, each checked by itself: for files that give a part of them. Raises as `from_dict` does."""
         types_of, fields = field_types(cls), {field.name: field for field in dataclasses.fields(cls)}
-        values = {key if key in types_of or f"{key}_" not in types_of else f"{key}_": value for key, value in values.items()}
-        for key in values:
-            if key not in types_of:
-                raise unknown("option", key, types_of)
+        values = {cls.field_of(key): value for key, value in values.items()}
         found = {key: _coerce(key, value, types_of[key]) for key, value in values.items()}
         for key, value in found.items():
             _check(fields[key], value, cls.shown)

@@ -16,7 +16,7 @@ from kdprune_pipelines._models import Saved
 from numpy.typing import NDArray
 
 from kdprune_data import order
-from kdprune_data.errors import MismatchError, SourceError, some
+from kdprune_data.errors import MismatchError, SourceError, UsageError, some
 from kdprune_data.formats.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -117,11 +117,12 @@ class Teachers:
         import torch
 
         on_device = pixels.to(self.device)
-        each = [net(one.normalisation.apply(on_device)).float() for net, one in zip(nets, self.saved, strict=True)]
+        each: list[torch.Tensor] = [net(one.normalisation.apply(on_device)).float() for net, one in zip(nets, self.saved, strict=True)]
         if self.temperature is None:
             return each[0].cpu()
         logs = torch.stack([torch.log_softmax(z.double() / self.temperature, 1) for z in each])
-        return (self.temperature * (torch.logsumexp(logs, 0) - np.log(len(each)))).float().cpu()
+        mean: torch.Tensor = self.temperature * (torch.logsumexp(logs, 0) - np.log(len(each)))
+        return mean.float().cpu()
 
     def _finite(self, logits: torch.Tensor, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch
@@ -151,6 +152,11 @@ class Teachers:
         from kdprune_data.learn import views
         from kdprune_data.learn.stream import prefetch
 
+        if isinstance(images, np.ndarray) and self._renders_there():
+            held = torch.from_numpy(images).to(self.device)  # once for all views: only boxes travel after that
+            for box in boxes:
+                yield views.render(held, box, self.policy.size, self.device)
+            return
         n, size = len(images), self.policy.size
         ahead = 2 * self.jobs + 2  # parts that `prefetch` holds, and the one that is used
         parts = list(order.batches(np.arange(n), max(1, RENDERED_BYTES // (ahead * 3 * size * size))))
@@ -163,10 +169,17 @@ class Teachers:
         for _ in boxes:
             yield torch.cat([next(ready) for _ in parts])
 
+    def _renders_there(self) -> bool:
+        """Whether views are rendered on the device: padded crops, which are exact everywhere, where that is not the CPU."""
+        return self.device.type != "cpu" and "pad" in self.policy.to_dict()
+
 
 def check_alike(saved: Sequence[Saved], data: Dataset) -> None:
-    """Raise MismatchError unless all teachers know the data's classes, in their order, and take inputs of one size."""
-    for one in saved:
+    """Raise MismatchError unless all teachers know the data's classes, in their order, and take inputs of one size; UsageError where one
+    is given twice."""
+    for n, one in enumerate(saved):
+        if again := [other.folder for other in saved[:n] if other.manifest.digest == one.manifest.digest]:
+            raise UsageError(f"--ensemble {one.folder} is the same teacher as {again[0]}: give each once")
         data.same_classes(one.manifest.classes, str(one.folder))
         if one.architecture.size != saved[0].architecture.size:
             raise MismatchError(

@@ -48,7 +48,7 @@ class Given:
     @property
     def views(self) -> int:
         """How many there are of each sample."""
-        return self.logits.shape[1]
+        return int(self.logits.shape[1])
 
     def boxes(self, rows: NDArray[np.int64], view: int) -> Geometry:
         """See `_asking.Source`."""
@@ -108,33 +108,43 @@ def read(path: Path, data: Dataset, size: int | None) -> Given:
 
 def _table(path: Path) -> pa.Table:
     if not path.is_file():
-        raise UsageError(f"--from {path} does not exist: give a Parquet file with the columns id and logits")
+        raise UsageError(
+            f"--from {path} {'is a folder' if path.is_dir() else 'does not exist'}: give a Parquet file with the columns id and logits"
+        )
     try:
         names = pq.ParquetFile(path).schema_arrow.names
         wanted = ["id", "logits", *(BOXES if "view" in names else ())]
         missing = [name for name in wanted if name not in names]
         if missing:
             raise UsageError(f"--from {path} has no column {missing[0]!r}: it has {', '.join(names)}; expected {', '.join(wanted)}")
-        return pq.read_table(path, columns=wanted).combine_chunks()
+        table = pq.read_table(path, columns=wanted)
+        return table.set_column(table.column_names.index("id"), "id", _plain_text(table["id"])).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"--from {path} cannot be read as Parquet ({first_line(error)})") from None
+
+
+def _plain_text(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text that is stored in another way, as pandas stores categories, as text; else the same."""
+    kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
+    return ids.cast(pa.large_string()) if pa.types.is_string(kind) or pa.types.is_string_view(kind) else ids
 
 
 def _logits(path: Path, table: pa.Table, classes: int) -> NDArray[np.float32]:
     column = table["logits"].combine_chunks()
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) or not pa.types.is_floating(
-        kind.value_type
-    ):
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
         raise SourceError(f"{path}: column 'logits' is {kind}: expected lists of numbers, one per class")
     lengths = np.asarray(column.value_lengths().fill_null(0) if not pa.types.is_fixed_size_list(kind) else [kind.list_size] * len(column))
     if column.null_count or (lengths != classes).any():
         other = int(lengths[lengths != classes][0]) if (lengths != classes).any() else "null"
         raise SourceError(f"{path}: a row has {other} logits, the data have {classes} classes: one number for each, in their order")
-    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, classes)
+    with np.errstate(over="ignore"):  # which is told here
+        values: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, classes)
     bad = np.flatnonzero(~np.isfinite(values).all(1))
     if len(bad):
-        raise SourceError(f"{path}: the logits of {some(table['id'].take(pa.array(bad[:4])).to_pylist())} are not finite numbers")
+        ids = some(table["id"].take(pa.array(bad)).to_pylist())
+        raise SourceError(f"{path}: the logits of {ids} are not finite numbers that float32 holds: mend them")
     return values
 
 

@@ -113,9 +113,7 @@ def checked(where: str, title: str, table: Mapping[str, Any], config: type[Confi
     """One section's options as a command takes them. Raises UsageError, naming file and section."""
     found: dict[str, Any] = {}
     for written, value in table.items():
-        key = written.replace("-", "_")
-        if key not in field_types(config):
-            raise unknown(f"option in {title} of {where}", key, field_types(config))
+        key = config.field_of(written.replace("-", "_"), f"option in {title} of {where}")
         if key in found:
             raise UsageError(f"{where} {title} gives {key!r} twice, with a dash and without: leave one")
         found[key] = value
@@ -237,8 +235,8 @@ def applied(command: str, config: C) -> C:
 
 def origin_of(message: str, origins: Mapping[str, str]) -> str:
     """What to add to a message that speaks of options which were not given on the command line: where they stand."""
-    spoken = {key: where for key, where in origins.items() if re.search(rf"--{key.replace('_', '-')}(?![\w-])", message)}
-    found = "; ".join(f"--{key.replace('_', '-')} stands in {where}" for key, where in spoken.items())
+    spoken = {key: where for key, where in origins.items() if re.search(rf"{Config.shown(key)}(?![\w-])", message)}
+    found = "; ".join(f"{Config.shown(key)} stands in {where}" for key, where in spoken.items())
     return f" ({found})" if found else ""
 
 

@@ -56,7 +56,7 @@ def check_held(soft: Soft, temperature: float, cache: LogitCache) -> None:
     held = cache.temperatures
     if held is None:
         return
-    at = f"temperature {held[0]:g} alone" if held[0] == held[1] else f"temperatures from {held[0]:g} to {held[1]:g}"
+    at = spoken(held)
     if soft.kind.tempered and not held[0] <= temperature <= held[1]:
         raise MismatchError(
             f"{cache.folder} holds at {at}, --temperature is {temperature:g}: train at one it holds at, or cache with "
@@ -64,6 +64,11 @@ def check_held(soft: Soft, temperature: float, cache: LogitCache) -> None:
         )
     if not soft.kind.tempered and held[0] == held[1]:
         raise MismatchError(f"{cache.folder} holds at {at}, and --loss {soft.name} takes logits as they are, at none: use --loss kl")
+
+
+def spoken(held: tuple[float, float]) -> str:
+    """At which temperatures, from the lowest to the highest, a cache holds: `temperatures from 1 to 4`."""
+    return f"temperature {held[0]:g} alone" if held[0] == held[1] else f"temperatures from {held[0]:g} to {held[1]:g}"
 
 
 def told(soft: Soft, temperature: float) -> str:

@@ -10,15 +10,16 @@ Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from kdprune_pipelines import _asking, _given, _recipes, _storing, _workspace
 from kdprune_pipelines._asking import Source
-from kdprune_pipelines._console import Outcome, bar, count, megabytes, say
+from kdprune_pipelines._console import Outcome, bar, count, duration, megabytes, say
 from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
 from kdprune_pipelines._models import Saved, open_model
 from kdprune_pipelines._storing import Fidelity, Part, PlainStore, Store
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from kdprune_data.learn.policy import Policy
 
 MOST_VIEWS = 10_000
+FILE_BYTES = 3000
+"""About what a view file takes before it holds anything, beside some hundred for each of its views."""
+SOME_VIEWS = 10_000
+"""For fewer it is not worth while to measure how long they will take."""
 
 
 def _check_views(text: str) -> None:
@@ -101,7 +106,7 @@ class Plan:
     fidelity: Fidelity | None
     dtype: str
     settings: Mapping[str, Any]
-    inputs: list[Mapping[str, Any]]
+    inputs: Sequence[Mapping[str, Any]]
     named: str
     source: Callable[[], Source]
 
@@ -110,6 +115,26 @@ class Plan:
         """What a view of a sample takes plain: its logits, its box and its flip."""
         side = 1 if "pad" in self.settings["policy"] else 2  # bytes of a box's four numbers: they reach as far as the images do
         return len(self.data.classes) * np.dtype(DTYPES[self.dtype]).itemsize + 4 * side + 1 / 8
+
+    @cached_property
+    def shards(self) -> list[int]:
+        """Those of the data that have a sample which decodes."""
+        found: list[int] = np.unique(self.data.shards[self.data.usable()]).tolist()
+        return found
+
+    def spans(self, there: int) -> list[tuple[int, int]]:
+        """The ranges of the views from `there` on: what one takes in memory before it is written, coded too, bounds its file."""
+        largest = max(len(self.data.rows_of(shard)) for shard in self.shards)
+        raw = 4 if self.fidelity else np.dtype(DTYPES[self.dtype]).itemsize
+        return files.ranges(there, self.views - 1, largest * (len(self.data.classes) * raw + 9))
+
+    def bytes(self, there: int, each: float, base: float = 0) -> int:
+        """About what the views from `there` on take. each: bytes of a view of a sample; base: of a sample once."""
+        rows, shards, new = self.data.usable(), len(self.shards), self.views - there
+        size = len(rows) * new * each + shards * (new * (950 if self.fidelity else 450) + len(self.spans(there)) * FILE_BYTES)
+        if not there:
+            size += sum(len(one) + 44 + base for one in self.data.ids[rows]) + shards * (2 if self.fidelity else 1) * FILE_BYTES / 2
+        return int(size)
 
 
 def run(config: CacheConfig) -> Outcome:
@@ -147,8 +172,14 @@ def _plan_taught(config: CacheConfig, data: Dataset) -> Plan:
     _asking.check_alike(saved, data)
     crops = views.Crops.of(config.pad, config.scale, config.ratio)
     size = saved[0].architecture.size
+    if config.views == "identity":
+        _refuse_crops(config, "--views identity shows the image itself, and {} is of crops")
     policy = views.policy_for(data.sizes[data.usable()], data.classes, size=size, flip=config.flip, seed=config.seed, crops=crops)
     policy = {"all": views.every_crop, "identity": views.identity}.get(config.views, lambda one: one)(policy)
+    if (policy.views or 0) > MOST_VIEWS:
+        raise UsageError(
+            f"--views all is {policy.views:,} distinct crops with --pad {policy.pad}: at most {MOST_VIEWS:,}; give a smaller pad"
+        )
     settings: dict[str, Any] = {"dtype": config.dtype, "policy": policy.to_dict(), "precision": "float32", "batch": config.batch}
     if len(saved) > 1:
         settings["ensemble"] = {"temperature": _only_temperature(config)}
@@ -181,15 +212,30 @@ def _plan_given(config: CacheConfig, data: Dataset) -> Plan:
     for flag, given in (("--teacher", config.teacher), ("--ensemble", config.ensemble), ("--code", config.code)):
         if given:
             raise UsageError(f"--from takes logits from elsewhere and {flag} asks a teacher: give one of the two")
-    for flag, given in (("--pad", config.pad), ("--scale", config.scale), ("--ratio", config.ratio)):
-        if given:
-            raise UsageError(f"{flag} draws views, and those of --from are what its file says: leave it out")
+    _refuse_crops(config, "the views of --from are what its file says, and {} is of those that are drawn")
     assert config.from_ is not None
     given_ = _given.read(config.from_, data, config.size)
+    if config.views not in ("8", str(given_.views), given_.policy.kind):
+        raise UsageError(
+            f"--views {config.views}: {config.from_} has {count(given_.views, 'view')} of each sample, which are taken; leave it out"
+        )
     source = {"name": config.from_.name, "sha256": given_.sha256}
     settings = {"dtype": config.dtype, "policy": given_.policy.to_dict(), "source": source}
     plan = Plan(data, given_.views, None, config.dtype, settings, [data.manifest.as_input("data")], config.from_.stem, lambda: given_)
     return _stored(config, plan)
+
+
+def _refuse_crops(config: CacheConfig, why: str) -> None:
+    """Raise UsageError for an option that says how crops are drawn; {} in `why` becomes its flag."""
+    flags = {
+        "--flip": config.flip == "on",
+        "--pad": config.pad is not None,
+        "--scale": config.scale,
+        "--ratio": config.ratio,
+        "--seed": config.seed,
+    }
+    for flag in (flag for flag, given in flags.items() if given):
+        raise UsageError(f"{why.format(flag)}: leave it out")
 
 
 def _stored(config: CacheConfig, plan: Plan) -> Plan:
@@ -198,6 +244,8 @@ def _stored(config: CacheConfig, plan: Plan) -> Plan:
         if config.temperature and "ensemble" not in plan.settings:
             raise UsageError("--temperature says where --fidelity, or an ensemble, holds: what is stored plain holds at any; leave it out")
         return plan
+    if config.dtype != "float16":
+        raise UsageError(f"--dtype {config.dtype} is how logits are stored plain, and --fidelity stores them coded: give one of the two")
     asked = tuple(sorted(set(config.temperature))) or _storing.TEMPERATURES
     coded = {"dtype": CODED, "fidelity": config.fidelity, "temperatures": list(asked)}
     return replace(plan, fidelity=Fidelity(config.fidelity, asked), settings={**plan.settings, **coded})
@@ -215,15 +263,12 @@ def _settled_views(folder: Path, identity: Identity) -> int:
 def _fill(plan: Plan, build: Build, there: int) -> None:
     """Add the views from `there` on, shard by shard, and seal."""
     data, source = plan.data, plan.source()
-    shards = np.unique(data.shards[data.usable()]).tolist()
-    largest = max(len(data.rows_of(s)) for s in shards)
-    classes, new = len(data.classes), plan.views - there
-    # What a range takes in memory before it is written, coded too, bounds its file.
-    raw = 4 if plan.fidelity else np.dtype(DTYPES[plan.dtype]).itemsize
-    spans = files.ranges(there, plan.views - 1, largest * (classes * raw + 9))
+    shards, spans, new = plan.shards, plan.spans(there), plan.views - there
     store, size = _store(plan, source, build, there, spans)
     asked = getattr(source, "device", None)
-    say(f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}: about {megabytes(size)}")
+    many = len(data.usable()) * new >= SOME_VIEWS
+    what = f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}"
+    say(f"{what}: about {megabytes(size)}" + (f", about {duration(_tried(plan, source, there)[0])}" if many else ""))
     covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
     wanted = [files.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
     once = [path(shard) for path in _once(plan) for shard in shards]
@@ -233,22 +278,21 @@ def _fill(plan: Plan, build: Build, there: int) -> None:
     with bar("cache", total=len(data.usable()) * new, unit="view", initial=len(data.usable()) * new - left) as progress:
         for span, shard in todo:
             _fill_shard(source, store, build, shard, span, progress.update)
-    counts = {"samples": len(data.usable()), "views": plan.views, "classes": classes}
+    counts = {"samples": len(data.usable()), "views": plan.views, "classes": len(data.classes)}
     build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
 
 
 def _store(plan: Plan, source: Source, build: Build, there: int, spans: list[tuple[int, int]]) -> tuple[Store, int]:
     """How it is stored, and about how many bytes the new views take."""
-    samples, new = len(plan.data.usable()), plan.views - there
     if plan.fidelity is None:
-        return PlainStore(plan.dtype), int(samples * new * plan.view_bytes)
+        return PlainStore(plan.dtype), plan.bytes(there, plan.view_bytes)
     first = LogitCache.open(build.folder).parts[0] if there else (*spans[0], 0)
-    store, code = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
-    if code is not None:
-        return store, int(samples * (new * (code.view_bytes + _geometry_bytes(plan)) + code.base_bytes))
+    store, choice = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
+    if choice is not None:
+        return store, plan.bytes(there, choice.view_bytes + _geometry_bytes(plan), choice.base_bytes)
     standing = [f for f in build.files() if f.path.startswith("views-")]
     done = sum(len(plan.data.rows_of(files.shard_of(f.path))) * len(files.views_of(f.path)) for f in standing)
-    return store, int(samples * new * sum(f.bytes for f in standing) / max(done, 1))
+    return store, int(len(plan.data.usable()) * (plan.views - there) * sum(f.bytes for f in standing) / max(done, 1))
 
 
 def _geometry_bytes(plan: Plan) -> float:
@@ -300,14 +344,24 @@ def _asked(source: Source, store: Store, rows: NDArray[np.int64], where: tuple[i
 
 def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
     """What filling would do: bytes of the view files, seconds from a few samples of the very work, which a code is then tried on."""
-    data, source = plan.data, plan.source()
-    rows = data.usable()
+    rows = plan.data.usable()
     there = LogitCache.open(folder).views if state == "finished" else 0
     new = max(plan.views - there, 0)
     state = "grown" if there and new else state
-    views = range(there, there + min(new, 8))
+    seconds, said = _tried(plan, plan.source(), there) if new else (0.0, [])
+    each, base = plan.view_bytes, 0.0
+    if plan.fidelity is not None and new and (choice := _choice_of_few(plan, said)):
+        each, base = choice.view_bytes + _geometry_bytes(plan), choice.base_bytes
+    return Estimate(folder, state, {"sample": len(rows), "view": new}, plan.bytes(there, each, base), seconds).outcome()
+
+
+def _tried(plan: Plan, source: Source, there: int) -> tuple[float, list[list[NDArray[np.float32]]]]:
+    """The seconds that the views from `there` on would take, by a few samples of the very work; and what was said of up to 8 views of
+    these."""
+    rows = plan.data.usable()
+    views = range(there, min(plan.views, there + 8))
     said: list[list[NDArray[np.float32]]] = [[] for _ in views]
-    by_hash = np.argsort(order.order_hash(data.uids[rows], 0, "probe"), kind="stable")
+    by_hash = np.argsort(order.order_hash(plan.data.uids[rows], 0, "probe"), kind="stable")
 
     def work() -> Iterator[int]:
         done = 0
@@ -318,17 +372,10 @@ def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
                 yield done
                 done = 0
 
-    total = len(rows) * new
-    seconds = measure_growing(work(), total) if new else 0.0
-    table = 0 if there else sum(len(one) + 48 for one in data.ids[rows])
-    each = plan.view_bytes
-    if plan.fidelity is not None and new and (code := _code_of_few(plan, said)):
-        each = code.view_bytes + _geometry_bytes(plan)
-        table += 0 if there else int(len(rows) * code.base_bytes)
-    return Estimate(folder, state, {"sample": len(rows), "view": new}, int(total * each) + table, seconds).outcome()
+    return measure_growing(work(), len(rows) * (plan.views - there)), said
 
 
-def _code_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Code | None:
+def _choice_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Choice | None:
     """About how a coded cache would be coded; None where too little was said to tell: then the plain size is the most it takes."""
     assert plan.fidelity is not None
     logits = np.stack([np.concatenate(one) for one in said])

@@ -95,7 +95,7 @@ def _prune(config: DemoConfig) -> None:
     """Soft labels of everything, and a subset for each fraction and seed: one cache serves them all."""
     out, again = config.out, config.overwrite
     train = out / "data/train"
-    cache.run(cache.CacheConfig(subset=train, teacher=_teacher(out), views=VIEWS, out=_cache(out), overwrite=again))
+    cache.run(cache.CacheConfig(subset=train, teacher=_teacher(out), views=str(VIEWS), out=_cache(out), overwrite=again))
     for frac, seed in product(FRACTIONS, range(config.seeds)):
         select.run(select.SelectConfig(data=train, frac=frac, seed=seed, out=_subset(out, frac, seed), overwrite=again))
 

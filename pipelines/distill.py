@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdprune_pipelines import _fit, _live, _preview, _recheck, _recipes, _soft, _training, _workspace
-from kdprune_pipelines._console import Outcome, say
+from kdprune_pipelines._console import Outcome, count, say
 from kdprune_pipelines._fit import Validation
 from kdprune_pipelines._models import Saved, plain
 from kdprune_pipelines._tensorboard import Board
@@ -154,7 +154,7 @@ def _lesson(config: DistillConfig, data: Dataset, cache: LogitCache | None) -> L
     lesson = Lesson(views, cited, alpha, soft, config.temperature)
     kept = f"kept fraction {_workspace.root_fraction(data.manifest.as_input('data')):g}"
     how = f"alpha {alpha:g}{' (auto, provisional)' if config.alpha == 'auto' else ''}, {_soft.told(soft, config.temperature)}, {kept}"
-    shown = "drawn views" if cache is None else f"{cited['count']} cached views"
+    shown = "drawn views" if cache is None else count(cited["count"], "cached view")
     if live is not None:
         _live.check_size(live, views.policy.size, None if cache is None else cache.folder)
         say(f"{how}, {config.live} is asked of {shown}")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdprune_pipelines import _distribution, _weighing
+from kdprune_pipelines import _distribution, _soft, _weighing
 from kdprune_pipelines._console import Outcome, count, megabytes
 from kdprune_pipelines._tables import PAGE
 
@@ -95,7 +95,7 @@ def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Ite
         lost = ", ".join(f"{kl:.2g} at temperature {tau}" for tau, kl in found["kl"].items())
         yield f"  stored    {found['bytes_per_view']:,.1f} bytes a view of a sample; mean KL(full || stored) {lost}"
         held = found["temperatures"]
-        yield f"  holds     {'at any temperature' if held is None else f'at temperatures from {held[0]:g} to {held[1]:g}'}"
+        yield f"  holds     {'at any temperature' if held is None else f'at {_soft.spoken(held)}'}"
     for n, line in enumerate(_settings(manifest.config)):
         yield f"  {'settings' if n == 0 else '':<9} {line}"
     yield f"  digest    {manifest.digest}"

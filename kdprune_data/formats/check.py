@@ -116,6 +116,7 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
     """A logit cache: every view of every shard belongs to its rows, its teacher and its policy, and its labels are where they were."""
     cache = LogitCache.open(folder)
     total, first, uids = 0, min(p[1] for p in cache.parts if p[0] == 0), []
+    checked: set[object] = set()  # each file's digest once, not for every view
     for shard in cache.shards:
         rows, where = cache.rows(shard), str(folder / logit_files.rows_path(shard))
         total += len(rows)
@@ -127,7 +128,7 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
             yield Fault(where, "has images without a height or width")
         correct = np.zeros(len(rows), np.int32)
         for view in range(cache.views):
-            found = read_view(cache, shard, view)
+            found = read_view(cache, shard, view, checked)
             correct += logit_files.top1(found.logits, labels) & (view <= first)
             values = found.logits.astype(np.float32)
             off = np.flatnonzero(~np.isfinite(values).all(1) | (values.max(1) != 0))

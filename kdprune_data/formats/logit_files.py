@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -71,12 +71,25 @@ class Stored(Protocol):
         """The `dtype` of a manifest, and c."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        ...
+
     def __len__(self) -> int:
         """n."""
         ...
 
-    def take(self, at: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Those of some rows, float16 or float32 of shape (len(at), c)."""
+    def pick(self, at: NDArray[np.int64]) -> Self:
+        """Those of some rows, still as they are stored."""
+        ...
+
+    def followed(self, others: Sequence[Self]) -> Self:
+        """These and those of others, one after the other, as one."""
+        ...
+
+    def decoded(self) -> NDArray[np.floating]:
+        """As numbers: float16 or float32 of shape (n, c)."""
         ...
 
 
@@ -85,6 +98,7 @@ class Plain:
     """Logits read by memory map."""
 
     values: NDArray[np.floating]
+    nbytes: int = 0
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -94,14 +108,22 @@ class Plain:
     def __len__(self) -> int:
         return len(self.values)
 
-    def take(self, at: NDArray[np.int64]) -> NDArray[np.floating]:
+    def pick(self, at: NDArray[np.int64]) -> Plain:
         """See `Stored`."""
-        return self.values[at]
+        return Plain(self.values[at])
+
+    def followed(self, others: Sequence[Plain]) -> Plain:
+        """See `Stored`."""
+        return Plain(np.concatenate([self.values, *(one.values for one in others)]))
+
+    def decoded(self) -> NDArray[np.floating]:
+        """See `Stored`."""
+        return self.values
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Logits that are decoded when they are read. base: int16, residual: int8, of shape (n, k)."""
+    """Logits that are decoded when they are used. base: int16, residual: int8, of shape (n, k)."""
 
     book: Codebook
     base: NDArray[np.int16]
@@ -112,12 +134,26 @@ class Coded:
         """See `Stored`."""
         return CODED, self.book.vectors.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """See `Stored`."""
+        return self.base.nbytes + self.residual.nbytes
+
     def __len__(self) -> int:
         return len(self.residual)
 
-    def take(self, at: NDArray[np.int64]) -> NDArray[np.floating]:
+    def pick(self, at: NDArray[np.int64]) -> Coded:
         """See `Stored`."""
-        return self.book.decode(self.base[at], self.residual[at])
+        return Coded(self.book, self.base[at], self.residual[at])
+
+    def followed(self, others: Sequence[Coded]) -> Coded:
+        """See `Stored`."""
+        base, residual = (np.concatenate([getattr(one, side) for one in (self, *others)]) for side in ("base", "residual"))
+        return Coded(self.book, base, residual)
+
+    def decoded(self) -> NDArray[np.floating]:
+        """See `Stored`."""
+        return self.book.decode(self.base, self.residual)
 
 
 def rows_path(shard: int) -> str:
@@ -252,24 +288,25 @@ def _narrowest(columns: Sequence[NDArray[np.int32]]) -> pa.DataType:
     return next(k for k, bound in ((pa.int8(), 1 << 7), (pa.int16(), 1 << 15), (pa.int32(), 1 << 31)) if -bound <= low and high < bound)
 
 
-# --- reading: what is not as the page says raises whatever arrow or numpy raise, or ValueError; `reading` makes one error of them
+# --- reading: what is not as the page says raises what arrow or numpy raise, or ValueError; whoever reads makes one error of them
 
-BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, LookupError)
+BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError)
+BOX_TYPES = (pa.int8(), pa.int16(), pa.int32())
 
 
 def read_codebook(path: Path) -> tuple[Codebook, dict[str, Any]]:
-    """A codebook, and its facts: `temperatures`, `fidelity`, `kl`. Raises FormatError."""
+    """A codebook, and its facts: `temperatures`, `fidelity`, `kl`, `rounding`. Raises FormatError."""
     reader = table.ipc_open(path)
     try:
         metadata = metadata_of(reader)
         if metadata["format"] != "1" or reader.num_record_batches != 1 or reader.schema.names != ["vector"]:
             raise ValueError(metadata["format"])
-        column = reader.get_batch(0).column(0)
-        vectors = column.flatten().to_numpy().reshape(len(column), -1)
-        book = Codebook(np.asarray(vectors, np.int32), float(metadata["step"]), int(metadata["multiple"]))
+        column = table.ipc_batch(reader, 0).column(0)
+        vectors = _of_type(column.flatten(), pa.int32()).to_numpy().reshape(len(column), -1)
+        book = Codebook(vectors, float(metadata["step"]), int(metadata["multiple"]))
         if book.directions < 1 or not (0 < book.step < np.inf and 1 <= book.multiple <= 128):
             raise ValueError(book.step)
-        return book, {key: json.loads(metadata[key]) for key in ("temperatures", "fidelity", "kl")}
+        return book, {key: json.loads(metadata[key]) for key in ("temperatures", "fidelity", "kl", "rounding")}
     except BROKEN as error:
         raise FormatError(f"{path} is no codebook as its format says ({type(error).__name__}): make or fetch the cache again") from None
 
@@ -281,7 +318,15 @@ def metadata_of(reader: Any) -> dict[str, str]:
 
 def view_boxes(batch: pa.RecordBatch, *, coded: bool) -> Boxes:
     """The boxes of one view of a plain or coded file."""
-    return _boxes([_only_row(batch, name) if coded else batch.column(name) for name in (*GEOMETRY, "flip")])
+    columns = [_only_row(batch, name) if coded else batch.column(name) for name in (*GEOMETRY, "flip")]
+    # Stored in the narrowest integer: sums such as top + height would leave an int8.
+    top, left, height, width = (np.asarray(_of_type(column, *BOX_TYPES).to_numpy(), np.int32) for column in columns[:4])
+    boxes = Boxes(top, left, height, width, np.asarray(_of_type(columns[4], pa.bool_()).to_numpy(zero_copy_only=False), bool))
+    if len({len(side) for side in boxes}) != 1:
+        raise ValueError("columns of different lengths")
+    if min(height.min(initial=1), width.min(initial=1)) < 1:
+        raise ValueError("an empty box")
+    return boxes
 
 
 def plain_view(batch: pa.RecordBatch) -> tuple[Boxes, Plain]:
@@ -292,14 +337,20 @@ def plain_view(batch: pa.RecordBatch) -> tuple[Boxes, Plain]:
 
 def coded_view(batch: pa.RecordBatch, book: Codebook, base: NDArray[np.int16]) -> tuple[Boxes, Coded]:
     """One view of a coded file. Raises ValueError where its numbers are not as many as the base's rows."""
-    residual = _only_row(batch, "residual").to_numpy().reshape(book.directions, -1)
-    return view_boxes(batch, coded=True), Coded(book, base, np.ascontiguousarray(np.asarray(residual, np.int8).T))
+    return view_boxes(batch, coded=True), Coded(book, base, _by_row(batch, "residual", pa.int8(), book))
 
 
 def read_base(reader: Any, book: Codebook) -> NDArray[np.int16]:
     """The base in a base file: int16 of shape (n, k)."""
-    values = _only_row(reader.get_batch(0), "base").to_numpy()
-    return np.ascontiguousarray(np.asarray(values, np.int16).reshape(book.directions, -1).T)
+    if reader.num_record_batches != 1:
+        raise ValueError(reader.num_record_batches)
+    return _by_row(table.ipc_batch(reader, 0), "base", pa.int16(), book)
+
+
+def _by_row(batch: pa.RecordBatch, name: str, kind: pa.DataType, book: Codebook) -> NDArray[Any]:
+    """Numbers that stand direction by direction: of shape (n, k), those of a row together."""
+    numbers = _of_type(_only_row(batch, name), kind).to_numpy()
+    return np.ascontiguousarray(numbers.reshape(book.directions, -1).T)
 
 
 def _only_row(batch: pa.RecordBatch, name: str) -> pa.Array:
@@ -308,10 +359,7 @@ def _only_row(batch: pa.RecordBatch, name: str) -> pa.Array:
     return batch.column(name).flatten()
 
 
-def _boxes(columns: Sequence[pa.Array]) -> Boxes:
-    # Stored in the narrowest integer: sums such as top + height would leave an int8.
-    top, left, height, width = (np.asarray(c.to_numpy(), np.int32) for c in columns[:4])
-    boxes = Boxes(top, left, height, width, np.asarray(columns[4].to_numpy(zero_copy_only=False), bool))
-    if len({len(side) for side in boxes}) != 1:
-        raise ValueError("columns of different lengths")
-    return boxes
+def _of_type(column: pa.Array, *kinds: pa.DataType) -> pa.Array:
+    if column.type not in kinds or column.null_count:
+        raise TypeError(f"{column.type} with {column.null_count} nulls")
+    return column

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -51,37 +51,46 @@ from kdprune_data.formats.lowrank import Codebook
 from kdprune_data.formats.manifest import Manifest
 
 __all__ = ["Joined", "LogitCache", "Opened", "boxes_of", "normalisation_of", "open_view", "read_view"]
-OPEN_VIEWS = 64
-"""Views of shards that a join holds open: a group of 16 shards that are trained in turn, and the next."""
+OPEN_BYTES = 256_000_000
+"""Of each kind, what is held open takes about this much memory at most: views of the shards that are trained in turn, and of the next."""
+ENTRY_BYTES = 16_384
+"""What is held takes some memory and a memory map, however small it is: so there are at most 16,000."""
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The values made last, by key, at most so many. May be used by several threads."""
+    """The values used last, by key, of OPEN_BYTES in all, or one. May be used by several threads. size: bytes of a value."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._found, self._mutex = most, OrderedDict[K, V](), Lock()
+    def __init__(self, size: Callable[[V], int]) -> None:
+        self._size, self._found, self._bytes = size, OrderedDict[K, V](), 0
+        self._mutex, self._making = Lock(), Lock()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """The value of a key, made where it is not at hand."""
+        if (found := self._at_hand(key)) is not None:
+            return found
+        with self._making:  # other threads wait, and do not make the same
+            if (found := self._at_hand(key)) is not None:
+                return found
+            made = make()
+            with self._mutex:
+                self._found[key] = made
+                self._bytes += self._size(made) + ENTRY_BYTES
+                while self._bytes > OPEN_BYTES and len(self._found) > 1:
+                    self._bytes -= self._size(self._found.popitem(last=False)[1]) + ENTRY_BYTES
+        return made
+
+    def _at_hand(self, key: K) -> V | None:
         with self._mutex:
             if key in self._found:
                 self._found.move_to_end(key)
-                return self._found[key]
-        made = make()
-        with self._mutex:
-            self._found[key] = made
-            while len(self._found) > self._most:
-                self._found.popitem(last=False)
-        return made
+            return self._found.get(key)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a shard: the table as in ROWS_SCHEMA, their labels, int32 of shape (n,), -1 = none, and the digest that names them."""
+class Rows(NamedTuple):
+    """What is checked against the rows of a shard: their labels, int32 of shape (n,), -1 = none, and the digest that names them."""
 
-    table: pa.Table
     labels: NDArray[np.int32]
     digest: str
 
@@ -92,8 +101,10 @@ class LogitCache:
 
     folder: Path
     manifest: Manifest
-    _rows: Recent[int, Rows] = field(default_factory=lambda: Recent(OPEN_VIEWS), repr=False, compare=False)
-    _bases: Recent[int, NDArray[np.int16]] = field(default_factory=lambda: Recent(OPEN_VIEWS), repr=False, compare=False)
+    _rows: Recent[int, Rows] = field(default_factory=lambda: Recent(lambda rows: rows.labels.nbytes), init=False, repr=False, compare=False)
+    _bases: Recent[int, NDArray[np.int16]] = field(
+        default_factory=lambda: Recent(lambda base: base.nbytes), init=False, repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, folder: str | Path) -> LogitCache:
@@ -143,11 +154,18 @@ class LogitCache:
     def kl(self) -> dict[str, float]:
         """Mean KL(full || stored) by temperature over all views, as measured when they were made; of a coded cache without the samples
         that the code was learned from."""
-        parts = []
+        parts: list[tuple[dict[str, float], int]] = []
         for first, last, shard in self.parts:
-            metadata = metadata_of(table.ipc_open(self.folder / view_path(first, last, shard)))
-            samples = int(metadata.get("measured", len(self.rows(shard))))
-            parts.append((json.loads(metadata["kl"]), samples * (last - first + 1)))
+            path = self.folder / view_path(first, last, shard)
+            try:
+                metadata = metadata_of(table.ipc_open(path))
+                lost = {tau: float(value) for tau, value in json.loads(metadata["kl"]).items()}
+                samples = int(metadata["measured"] if self.coded else len(self.rows_of(shard).labels))
+                if parts and lost.keys() != parts[0][0].keys():
+                    raise ValueError(metadata["kl"])
+            except BROKEN as error:
+                raise FormatError(f"{path} does not state its KL as its format says ({type(error).__name__}): fetch it again") from None
+            parts.append((lost, samples * (last - first + 1)))
         total = max(sum(n for _, n in parts), 1)
         return {tau: round(sum(kl[tau] * n for kl, n in parts) / total, 9) for tau in parts[0][0]}
 
@@ -173,15 +191,19 @@ class LogitCache:
         return sorted({shard for _, _, shard in self.parts})
 
     def rows(self, shard: int) -> pa.Table:
-        """The rows of a shard, as in ROWS_SCHEMA."""
-        return self.rows_of(shard).table
+        """The rows of a shard, as in ROWS_SCHEMA. Raises FormatError for one without an id."""
+        path = self.folder / rows_path(shard)
+        rows = table.read(path, ROWS_SCHEMA)
+        if rows["id"].null_count:
+            raise FormatError(f"{path} has a row without an id: make or fetch it again")
+        return rows
 
     def rows_of(self, shard: int) -> Rows:
-        """The rows of a shard, with what is checked against them."""
+        """What is checked against the rows of a shard."""
 
         def make() -> Rows:
-            rows = table.read(self.folder / rows_path(shard), ROWS_SCHEMA)
-            return Rows(rows, indexing.labels_of(rows["label"]), rows_digest(rows["id"].to_pylist(), indexing.digests_of(rows["sha256"])))
+            rows = self.rows(shard)
+            return Rows(indexing.labels_of(rows["label"]), rows_digest(rows["id"].to_pylist(), indexing.digests_of(rows["sha256"])))
 
         return self._rows.get(shard, make)
 
@@ -195,7 +217,7 @@ class LogitCache:
                 metadata, base = metadata_of(reader), read_base(reader, self.codebook)
             except BROKEN as error:
                 raise FormatError(f"{path} is no base as its format says ({type(error).__name__}): make or fetch it again") from None
-            if metadata.get("rows") != rows.digest or metadata.get("codebook") != self.sha256[CODEBOOK] or len(base) != len(rows.table):
+            if metadata.get("rows") != rows.digest or metadata.get("codebook") != self.sha256[CODEBOOK] or len(base) != len(rows.labels):
                 raise FormatError(f"{path} was made for other samples or another codebook than those beside it: make or fetch it again")
             return base
 
@@ -242,55 +264,93 @@ class LogitCache:
 
 @dataclass(frozen=True)
 class Opened:
-    """One view of a shard: its boxes, and its logits as they are stored."""
+    """Some rows of one view of a shard: their boxes, and their logits as they are stored. held: their numbers in the shard, ascending, None
+    for all of it."""
 
     boxes: Boxes
     logits: Stored
+    held: NDArray[np.int64] | None = None
 
-    def take(self, at: NDArray[np.int64]) -> ViewRows:
-        """Some of its rows."""
-        return ViewRows(*(side[at] for side in self.boxes), self.logits.take(at))
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        held = 0 if self.held is None else self.held.nbytes
+        return sum(side.nbytes for side in self.boxes) + self.logits.nbytes + held
+
+    def pick(self, at: NDArray[np.int64]) -> Opened:
+        """The rows of some numbers in the shard, in that order."""
+        at = at if self.held is None else np.searchsorted(self.held, at)
+        top, left, height, width, flip = self.boxes
+        return Opened(Boxes(top[at], left[at], height[at], width[at], flip[at]), self.logits.pick(at))
+
+    def followed(self, others: Sequence[Opened]) -> Opened:
+        """These rows and those of others, one after the other."""
+        boxes = Boxes(*(np.concatenate(sides) for sides in zip(self.boxes, *(one.boxes for one in others), strict=True)))
+        return Opened(boxes, self.logits.followed([one.logits for one in others]))
+
+    def decoded(self) -> ViewRows:
+        """All of it, as numbers."""
+        return ViewRows(*self.boxes, self.logits.decoded())
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A cache aligned with a data set. `place`: int64, for each row of the data set its row in the cache's rows, -1 for none."""
+    """A cache aligned with a data set. `place`: int64, for each row of the data set its row in the cache's rows, -1 for none; `starts`:
+    int64, where each of the cache's shards starts in them, and their number."""
 
     cache: LogitCache
     place: NDArray[np.int64]
     starts: NDArray[np.int64]
-    _open: Recent[tuple[int, int], Opened] = field(default_factory=lambda: Recent(OPEN_VIEWS), repr=False, compare=False)
-    _checked: set[object] = field(default_factory=set, repr=False, compare=False)
+    _open: Recent[tuple[int, int], Opened] = field(
+        default_factory=lambda: Recent(lambda opened: opened.nbytes), init=False, repr=False, compare=False
+    )
+    _checked: set[object] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def read(self, rows: NDArray[np.int64], view: int) -> ViewRows:
         """One view of some rows of the data set, in their order.
 
-        Raises UsageError for a view that is not there, FormatError for a file that does not belong to its rows.
+        Raises UsageError for a view or a row that is not there, FormatError for a file that does not belong to its rows.
         """
         if not 0 <= view < self.cache.views:
             raise UsageError(f"{self.cache.folder} has views 0 to {self.cache.views - 1}, not {view}: make more with cache --views")
         place = self.place[rows]
-        member = np.searchsorted(self.starts, place, side="right") - 1
-        pieces = []
-        for n in np.unique(member):
-            at = np.flatnonzero(member == n)
-            pieces.append((at, self._view(self.cache.shards[n], view).take(place[at] - self.starts[n])))
-        if len(pieces) == 1:
-            return pieces[0][1]
-        back = np.argsort(np.concatenate([at for at, _ in pieces]), kind="stable")
-        return ViewRows(*(np.concatenate(columns)[back] for columns in zip(*(rows for _, rows in pieces), strict=True)))
+        if place.min(initial=0) < 0:
+            raise UsageError(f"{self.cache.folder} has no logits of row {rows[place.argmin()]}, which does not decode: leave it out")
+        by_place = np.argsort(place, kind="stable")
+        ascending = place[by_place]
+        ends = np.searchsorted(ascending, self.starts)
+        several = np.flatnonzero(np.diff(ends)).tolist() or [0]
+        if len(several) == 1:
+            return self._view(several[0], view).pick(place - self.starts[several[0]]).decoded()
+        first, *others = (self._view(n, view).pick(ascending[ends[n] : ends[n + 1]] - self.starts[n]) for n in several)
+        back = np.empty_like(by_place)
+        back[by_place] = np.arange(len(back))
+        return first.followed(others).pick(back).decoded()  # decoded together: a batch may be of a hundred shards
 
-    def _view(self, shard: int, view: int) -> Opened:
-        return self._open.get((shard, view), lambda: open_view(self.cache, shard, view, self._checked))
+    @cached_property
+    def _used(self) -> list[NDArray[np.int64] | None]:
+        """Of each shard the rows that the data set has, as numbers in the shard, ascending; None for all."""
+        places = np.sort(self.place[self.place >= 0])
+        ends, sizes = np.searchsorted(places, self.starts), np.diff(self.starts)
+        parts = [places[ends[n] : ends[n + 1]] - self.starts[n] for n in range(len(sizes))]
+        return [None if len(part) == size else part for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def _view(self, n: int, view: int) -> Opened:
+        """One view of the n-th shard: of a coded one, of which memory holds all, the rows that the data set has."""
+
+        def make() -> Opened:
+            opened, used = open_view(self.cache, self.cache.shards[n], view, self._checked), self._used[n]
+            return opened if used is None or not self.cache.coded else replace(opened.pick(used), held=used)
+
+        return self._open.get((n, view), make)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Joined, (self.cache, self.place, self.starts))
 
 
-def read_view(cache: LogitCache, shard: int, view: int) -> ViewRows:
-    """One whole view of a shard. Raises FormatError as `open_view` does."""
-    opened = open_view(cache, shard, view)
-    return opened.take(np.arange(len(opened.logits)))
+def read_view(cache: LogitCache, shard: int, view: int, checked: set[object] | None = None) -> ViewRows:
+    """One whole view of a shard. `checked` and errors as for `open_view`."""
+    return open_view(cache, shard, view, checked).decoded()
 
 
 def boxes_of(cache: LogitCache, shard: int, view: int) -> Boxes:
@@ -298,7 +358,7 @@ def boxes_of(cache: LogitCache, shard: int, view: int) -> Boxes:
     first, last, _ = next(p for p in cache.parts if p[2] == shard and p[0] <= view <= p[1])
     path = cache.folder / view_path(first, last, shard)
     try:
-        return view_boxes(table.ipc_open(path).get_batch(view - first), coded=cache.coded)
+        return view_boxes(table.ipc_batch(table.ipc_open(path), view - first), coded=cache.coded)
     except BROKEN as error:
         raise FormatError(f"{path} does not hold view {view} as its format says ({type(error).__name__}): make or fetch it again") from None
 
@@ -319,7 +379,7 @@ def open_view(cache: LogitCache, shard: int, view: int, checked: set[object] | N
             _check_view(cache, shard, path, metadata)
             if metadata["views"] != f"{first},{last}" or reader.num_record_batches != last - first + 1:
                 raise ValueError(metadata["views"])
-        batch = reader.get_batch(view - first)
+        batch = table.ipc_batch(reader, view - first)
         boxes, logits = coded_view(batch, cache.codebook, cache.base_of(shard)) if cache.coded else plain_view(batch)
         recorded = int(json.loads(metadata["top1_correct"])[view - first])
     except BROKEN as error:
@@ -327,8 +387,8 @@ def open_view(cache: LogitCache, shard: int, view: int, checked: set[object] | N
     kind, shape = logits.kind
     if kind != cache.manifest.config["dtype"] or shape != len(cache.manifest.classes):
         raise FormatError(f"{path} holds {kind} logits of {shape:,} classes, the manifest says otherwise: make or fetch it again")
-    if len(logits) != len(rows.table) or len(boxes.top) != len(rows.table):
-        raise FormatError(f"{path} has {len(logits):,} rows, {rows_path(shard)} has {len(rows.table):,}: make or fetch it again")
+    if len(logits) != len(rows.labels) or len(boxes.top) != len(rows.labels):
+        raise FormatError(f"{path} has {len(logits):,} rows, {rows_path(shard)} has {len(rows.labels):,}: make or fetch it again")
     if (name, view) not in checked:
         _check_labels(f"{path}: in view {view}", logits, rows.labels, recorded)
     if name not in checked:  # last: what is wrong with a file says more than that it was changed
@@ -360,7 +420,7 @@ def _check_labels(where: str, logits: Stored, labels: NDArray[np.int32], recorde
 
 def _largest(logits: Stored) -> NDArray[np.int64]:
     """The class of each row's largest logit (the first of equals), a few thousand rows at a time."""
-    parts = [logits.take(at).argmax(1) for at in order.batches(np.arange(len(logits)), 4096)]
+    parts = [logits.pick(at).decoded().argmax(1) for at in order.batches(np.arange(len(logits)), 4096)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 

@@ -74,6 +74,14 @@ def ipc_write(sink: Any, batches: Sequence[pa.RecordBatch], schema: pa.Schema, *
             writer.write_batch(batch)
 
 
+def ipc_batch(reader: Any, n: int) -> pa.RecordBatch:
+    """The n-th record batch of a file. Raises ArrowException where it is damaged: arrow reads what it does not check, wherever that
+    leads."""
+    batch = reader.get_batch(n)
+    batch.validate(full=True)
+    return batch
+
+
 def ipc_open(path: Path) -> Any:
     """A memory-mapped Arrow IPC file reader. Raises FormatError when it is not one."""
     try:

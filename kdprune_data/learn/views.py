@@ -137,13 +137,15 @@ def _centred(policy: Policy, h: NDArray[np.float64], w: NDArray[np.float64]) -> 
     return np.maximum(np.minimum(height, h), 1), np.maximum(np.minimum(width, w), 1)
 
 
-def render(images: Pixels | Sequence[Pixels], boxes: Geometry, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Views as a batch: uint8 of shape (n, 3, size, size).
+def render(images: Pixels | Tensor | Sequence[Pixels], boxes: Geometry, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Views as a batch: uint8 of shape (n, 3, size, size), on the device.
 
-    images: uint8 of shape (n, h, w, 3), or n arrays of shape (h, w, 3). Exact for crops, padding and flips; a box of another size than
-    `size` is resized.
+    images: uint8 of shape (n, h, w, 3), as a tensor only for boxes of `size`; or n arrays of shape (h, w, 3). Exact for crops, padding and
+    flips; a box of another size than `size` is resized.
     """
-    plain = isinstance(images, np.ndarray) and bool((boxes.height == size).all() and (boxes.width == size).all())
+    plain = bool((boxes.height == size).all() and (boxes.width == size).all())
+    if isinstance(images, Tensor):
+        return _render_crops(images.to(device), boxes, size)
     if isinstance(images, np.ndarray) and plain:
         return _render_crops(torch.from_numpy(images).to(device), boxes, size)
     return torch.stack([_render_one(image, boxes, n, size, device) for n, image in enumerate(images)])

@@ -467,3 +467,11 @@ def test_identity_is_the_largest_centred_square(height: int, width: int, box: tu
 def test_given_boxes_are_not_drawn() -> None:
     with pytest.raises(UsageError, match="given by whoever made the logits"):
         views.geometry(Policy("given", 8, False, 0), order.uids_of(["a"]), np.array([[8, 8]], np.int32), 0)
+
+
+def test_images_that_are_a_tensor_already_are_rendered_alike() -> None:
+    """As they are where they stay on a device for all views."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    for view in range(3):
+        boxes = views.geometry(PAD, order.uids_of([f"s{n}" for n in range(20)]), np.full((20, 2), 8, np.int32), view)
+        assert torch.equal(views.render(images, boxes, 8), views.render(torch.from_numpy(images), boxes, 8))

@@ -165,6 +165,22 @@ def test_another_configuration_is_refused(both: Path, kdprune: Cli, more: list[s
     assert (ran.code, said in ran.err) == (2, True), ran.err
 
 
+def test_it_is_coded_or_plain(both: Path, kdprune: Cli) -> None:
+    ran = kdprune(*CODED, "--dtype", "float32", cwd=both)
+    assert (ran.code, "--fidelity stores them coded: give one of the two" in ran.err) == (2, True), ran.err
+
+
+@pytest.mark.parametrize("more", [[], ["--fidelity", "1e-2"]])
+@pytest.mark.parametrize("subset", [SUBSET, "subsets/many"])
+def test_the_size_is_told_before_it_is_made(chain_copy: Path, kdprune: Cli, more: list[str], subset: Path | str) -> None:
+    """Few samples in a shard, or one: then most of it is what files take before they hold anything."""
+    assert kdprune("select", "--frac", "0.25", "--shard-samples", "1", "--out", "subsets/many", cwd=chain_copy).code == 0
+    line = ["cache", subset, "--views", 6, "--name", "sized", "--json", *more]
+    told = json.loads(kdprune(*line, "--dry-run", cwd=chain_copy).out)["bytes"]
+    made = json.loads(kdprune(*line, cwd=chain_copy).out)["bytes"]
+    assert 0.75 * made < told < 1.25 * made
+
+
 def test_too_few_samples(chain_copy: Path, kdprune: Cli) -> None:
     assert kdprune("select", "--frac", "0.1", "--out", "subsets/few", cwd=chain_copy).code == 0
     ran = kdprune("cache", "subsets/few", "--fidelity", "1e-2", cwd=chain_copy)

@@ -17,6 +17,7 @@ from kdprune_data.formats import lowrank
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
+from kdprune_data.images import encode_png
 from kdprune_data.learn import views
 from kdprune_data.learn.stream import Images
 from kdprune_data.learn.views import Geometry, Policy
@@ -86,6 +87,27 @@ def test_every_crop_of_photographs_has_no_end(tmp_path: Path, real_data: Path, k
     assert (ran.code, "resized crops have no end, give a number" in ran.err) == (2, True)
 
 
+@pytest.mark.parametrize("option", [["--pad", 1], ["--scale", 0.5, 1], ["--ratio", 0.5, 2], ["--flip", "on"], ["--seed", 1]])
+def test_the_image_itself_has_no_crops(chain: Path, kdprune: Cli, option: list[object]) -> None:
+    ran = kdprune("cache", "--views", "identity", "--name", "one", *option, cwd=chain)
+    said = f"--views identity shows the image itself, and {option[0]} is of crops: leave it out"
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
+def test_more_crops_than_may_be(tmp_path: Path, kdprune: Cli) -> None:
+    """Of 64 pixels, with a pad of 63: file names hold four digits of a view's number."""
+    for n in range(4):
+        (tmp_path / "images" / str(n % 2)).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(n).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        (tmp_path / "images" / str(n % 2) / f"{n}.png").write_bytes(encode_png(pixels))
+    for line in (["import", "images"], ["teacher", "--model", "resnet8", "--steps", 1, "--batch", 4]):
+        ran = kdprune(*line, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+    ran = kdprune("cache", "data/train", "--views", "all", "--pad", 63, "--flip", "on", cwd=tmp_path)
+    said = "--views all is 32,258 distinct crops with --pad 63: at most 10,000; give a smaller pad"
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
 # --- several teachers
 
 
@@ -128,6 +150,17 @@ def test_an_ensemble_is_the_mean_of_probabilities(two: Path, kdprune: Cli) -> No
 def test_an_ensemble_has_one_temperature(two: Path, kdprune: Cli, temperature: list[object]) -> None:
     ran = kdprune("cache", "--teacher", TEACHER, "--ensemble", "teachers/resnet8-s1", *temperature, "--name", "y", cwd=two)
     assert (ran.code, "holds at one temperature: give --temperature once" in ran.err) == (2, True)
+
+
+def test_an_ensemble_has_each_teacher_once(chain: Path, kdprune: Cli) -> None:
+    ran = kdprune("cache", "--ensemble", TEACHER, "--temperature", 4, "--name", "y", cwd=chain)
+    said = f"--ensemble {TEACHER} is the same teacher as {TEACHER}: give each once"
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
+def test_info_says_at_which_temperature_it_holds(two: Path, kdprune: Cli) -> None:
+    said = kdprune("info", "logits/random-0.5-s0--resnet8-s0+resnet8-s1", cwd=two).out
+    assert "holds     at temperature 4 alone" in said
 
 
 def test_a_coded_ensemble(two: Path, kdprune: Cli) -> None:
@@ -214,6 +247,55 @@ def test_logits_of_given_boxes(chain_copy: Path, kdprune: Cli, coded: bool) -> N
     assert Policy.from_dict(LogitCache.open(chain_copy / folder).policy).kind == "given"
 
 
+@pytest.mark.parametrize(
+    ("ids", "logits"),
+    [
+        (pa.string(), pa.list_(pa.float64())),
+        (pa.large_string(), pa.large_list(pa.float32())),
+        (pa.dictionary(pa.int16(), pa.string()), pa.list_(pa.float32(), 10)),
+        (pa.string_view(), pa.list_(pa.float16())),
+        (pa.string(), pa.list_(pa.int64())),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [7, 1000])
+def test_columns_of_any_type_that_holds_them(chain_copy: Path, kdprune: Cli, ids: Any, logits: Any, group: int) -> None:
+    columns = table(chain_copy)
+    columns["logits"] = [
+        np.rint(z).astype(np.float16) if logits.value_type == pa.float16() else np.rint(z).tolist() for z in columns["logits"]
+    ]
+    values = [[int(v) for v in z] if pa.types.is_integer(logits.value_type) else list(z) for z in columns["logits"]]
+    made = pa.table({"more": columns["id"], "logits": pa.array(values, logits), "id": pa.array(columns["id"]).cast(ids)})
+    pq.write_table(made, chain_copy / "mine.parquet", row_group_size=group)
+    ran = kdprune("cache", "--from", "mine.parquet", "--dtype", "float32", cwd=chain_copy)
+    assert ran.code == 0, ran.err
+    theirs = {one: np.float32(z) for one, z in zip(columns["id"], columns["logits"], strict=True)}
+    found = read(chain_copy, "random-0.5-s0--mine", 0)
+    for n, one in enumerate(Dataset.open(chain_copy / SUBSET).ids.tolist()):
+        assert np.array_equal(found.logits[n], theirs[one] - theirs[one].max())
+
+
+def test_options_that_its_views_do_not_have(chain_copy: Path, kdprune: Cli) -> None:
+    pq.write_table(pa.table(table(chain_copy)), chain_copy / "mine.parquet")
+    for asked, code in (("4", 2), ("all", 2), ("1", 0), ("identity", 0)):
+        ran = kdprune("cache", "--from", "mine.parquet", "--views", asked, "--dry-run", cwd=chain_copy)
+        said = f"--views {asked}: mine.parquet has 1 view of each sample, which are taken; leave it out"
+        assert (ran.code, said in ran.err) == (code, code == 2), ran.err
+
+
+def test_a_folder_is_no_file(chain: Path, kdprune: Cli) -> None:
+    ran = kdprune("cache", "--from", "data", cwd=chain)
+    assert (ran.code, "--from data is a folder: give a Parquet file" in ran.err) == (2, True), ran.err
+
+
+def test_its_name_in_a_file_of_options(chain_copy: Path, kdprune: Cli) -> None:
+    pq.write_table(pa.table(table(chain_copy)), chain_copy / "mine.parquet")
+    (chain_copy / "kdprune.toml").write_text('[cache]\nfrom = "mine.parquet"\n')
+    assert kdprune("cache", cwd=chain_copy).code == 0
+    ran = kdprune("cache", "--teacher", TEACHER, cwd=chain_copy)
+    assert (ran.code, "--from stands in kdprune.toml [cache]" in ran.err) == (2, True), ran.err
+
+
 def without_one(columns: dict[str, list[Any]]) -> None:
     for values in columns.values():
         del values[5]
@@ -230,6 +312,10 @@ def other_classes(columns: dict[str, list[Any]]) -> None:
 
 def not_finite(columns: dict[str, list[Any]]) -> None:
     columns["logits"][3][2] = float("nan")
+
+
+def too_large(columns: dict[str, list[Any]]) -> None:
+    columns["logits"] = [[z * 1e300 for z in one] for one in columns["logits"]]
 
 
 def no_numbers(columns: dict[str, list[Any]]) -> None:
@@ -251,6 +337,7 @@ def numbered(columns: dict[str, list[Any]]) -> None:
         (twice, 1, " has 2 rows: give every view of every sample once, 1 of each"),
         (other_classes, 1, "a row has 7 logits, the data have 10 classes"),
         (not_finite, 1, "are not finite numbers"),
+        (too_large, 1, "and 51 more are not finite numbers that float32 holds: mend them"),
         (no_numbers, 1, "column 'logits' is string: expected lists of numbers, one per class"),
         (no_ids, 2, "has no column 'id': it has logits, name; expected id, logits"),
         (numbered, 1, "column 'id' is int64: expected the ids of the data, as text"),
@@ -289,7 +376,9 @@ def test_boxes_that_cannot_be(chain_copy: Path, kdprune: Cli, column: str, value
     ("more", "said"),
     [
         (["--teacher", TEACHER], "--from takes logits from elsewhere and --teacher asks a teacher: give one of the two"),
-        (["--pad", 2], "--pad draws views, and those of --from are what its file says"),
+        (["--pad", 2], "the views of --from are what its file says, and --pad is of those that are drawn: leave it out"),
+        (["--flip", "on"], "and --flip is of those that are drawn: leave it out"),
+        (["--seed", 3], "and --seed is of those that are drawn: leave it out"),
         (["--dtype", "int8"], "is not one of"),
         ([], "--from mine.parquet does not exist: give a Parquet file with the columns id and logits"),
     ],
