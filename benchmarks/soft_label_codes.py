@@ -13,6 +13,7 @@ synthetic ones.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -23,36 +24,38 @@ from typing import Any
 
 import numpy as np
 from common import commit, machine, parser, table
+from kdprune_pipelines._models import Saved, open_model
 from kdprune_pipelines._storing import Fidelity, choose
-from soft_label_logits import beside, facts, halves, synthetic, taught
+from soft_label_logits import Asked, beside, facts, halves, synthetic, taught
 from soft_label_others import FIXED, STEPPED
 from soft_label_parts import TEMPERATURES, Array, Coded, Part, Said, coarsest, entropy, geometry, measure, packed, same_kl
 from soft_label_times import sizes, times
 from soft_label_tried import variants
 
 from kdprune_data.formats import lowrank
-from kdprune_data.formats.lowrank import Codebook
+from kdprune_data.formats.rounding import Code
 
 FIDELITIES = (3e-2, 1e-2, 3e-3, 1e-3)
 USUAL = 1e-2
+KEPT = "coded (kept)"
 PACKINGS = (("zstd", 3), ("zstd", 9), ("zstd", 19), ("zstd", 22), ("brotli", 11))
 Rows = list[dict[str, Any]]
 
 
-def chosen(said: Said, views: int, bound: float) -> Codebook:
-    """The codebook that `cache --fidelity` would choose. said: with as many views."""
+def chosen(said: Said, views: int, bound: float) -> Code:
+    """The code that `cache --fidelity` would choose. said: with as many views."""
     probe = np.concatenate([said.fit.full, said.chosen.full], 1)
-    return choose(probe, Fidelity(bound, TEMPERATURES), views).book
+    return choose(probe, Fidelity(bound, TEMPERATURES), views).code
 
 
-def coded(book: Codebook, part: Part) -> Coded:
+def coded(code: Code, part: Part) -> Coded:
     """What `cache` stores."""
-    base = book.base_of(lowrank.centre(part.full).mean(0))
+    base = code.book.base_of(lowrank.centre(part.full).mean(0))
 
     def views() -> Iterator[tuple[list[Array], Callable[[float], Array]]]:
         for full in part.full:
-            residual = book.residual_of(full, base)
-            again = book.decode(base, residual)
+            residual = code.rounding.residual_of(code.book, full, base)
+            again = code.book.decode(base, residual)
             yield [residual.T], lambda tau, again=again: again
 
     return Coded([base.T], views())
@@ -62,7 +65,8 @@ def compared(said: Said, views: int) -> Rows:
     """All codes at so many views of a sample."""
     some = said.views(views)
     part, box = some.other, geometry(some)
-    rows = [{"code": name} | measure(code(part), part, box) for name, code in FIXED.items()]
+    none = dict.fromkeys(("fidelity", "step", "directions"))
+    rows = [{"code": name} | none | measure(code(part), part, box) for name, code in FIXED.items()]
     for name, stepped in STEPPED.items():
         for bound in FIDELITIES:
             step = coarsest(stepped, some.chosen, bound)
@@ -74,9 +78,9 @@ def compared(said: Said, views: int) -> Rows:
 
 def kept(some: Said, views: int, bound: float, box: float) -> dict[str, Any]:
     """The coded cache."""
-    book = chosen(some, views, bound)
-    row = {"code": "coded (kept)", "fidelity": bound, "step": book.step * book.multiple, "directions": book.directions}
-    return row | measure(coded(book, some.other), some.other, box)
+    code = chosen(some, views, bound)
+    row = {"code": KEPT, "fidelity": bound, "step": code.book.step * code.book.multiple, "directions": code.book.directions}
+    return row | measure(coded(code, some.other), some.other, box)
 
 
 def by_views(said: Said) -> Rows:
@@ -90,15 +94,20 @@ def tried(said: Said, views: int) -> Rows:
     some = said.views(views)
     part, box = some.other, geometry(some)
     rows: Rows = []
-    for n, (name, stepped) in enumerate(variants(said, views, USUAL).items()):
-        made = stepped(same_kl(stepped, part, USUAL), part)
-        views_of = list(made.views)
-        made = replace(made, views=views_of)
+    start = 1.0
+    for name, stepped in variants(said, views, USUAL).items():
+        step = same_kl(stepped, part, USUAL, start=start)
+        if step is None:
+            rows.append({"variant": name, "note": "no step has this KL"})
+            continue
+        made = stepped(step, part)
+        made = replace(made, views=list(made.views))
         rows.append({"variant": name} | measure(made, part, box))
-        if n == 0:
+        if len(rows) == 1:
+            start = step
             rows += packings(made, rows[0], part, box)
     first = rows[0]["bytes per view"] - box
-    return [row | {"of what is kept": (row["bytes per view"] - box) / first} for row in rows]
+    return [row | {"of what is kept": (row["bytes per view"] - box) / first} if "note" not in row else row for row in rows]
 
 
 def packings(made: Coded, first: dict[str, Any], part: Part, box: float) -> Rows:
@@ -121,11 +130,27 @@ def packings(made: Coded, first: dict[str, Any], part: Part, box: float) -> Rows
 
 def real(said: Said, views: int, *, cpu: bool) -> dict[str, Any]:
     """Files and times of the coded cache."""
-    some, book = said.views(views), chosen(said.views(views), views, USUAL)
-    row = {"n": some.other.full.shape[1], "views": views, "directions": book.directions}
+    some, code = said.views(views), chosen(said.views(views), views, USUAL)
+    row = {"n": some.other.full.shape[1], "views": views, "directions": code.book.directions}
     with tempfile.TemporaryDirectory() as folder:
-        row |= sizes(Path(folder) / "sizes", some.other, book, said.size)
-        return row | times(Path(folder) / "times", some.other, book, said.size, cpu=cpu)
+        row |= sizes(Path(folder) / "sizes", some.other, code, said.size)
+        return row | times(Path(folder) / "times", some.other, code, said.size, cpu=cpu)
+
+
+def logits(asked: argparse.Namespace, saved: Saved) -> list[Said]:
+    """Of all kinds, the teacher's own first."""
+    earlier = next((epoch for epoch in reversed(saved.kept_epochs) if epoch < saved.manifest.counts["epochs"]), None)
+    said = {}
+    for epoch in (None,) if earlier is None else (None, earlier):
+        kept = None if asked.logits is None else asked.logits / f"epoch-{epoch}.npz"
+        said[epoch] = taught(Asked(asked.data, asked.samples, asked.views, asked.threads), saved, epoch, kept)
+    one, size = said[None], saved.architecture.size
+    classes = one.full.shape[2]
+    sets = [halves(f"{classes} classes, {saved.manifest.name}", one, size)]
+    if earlier is not None:
+        sets.append(halves(f"{2 * classes} classes, the teacher beside epoch {earlier}", beside(one, said[earlier]), size))
+    few = synthetic(one, asked.synthetic, asked.samples // 2)
+    return [*sets, halves(f"{asked.synthetic} classes, synthetic", few, size)]
 
 
 def tables(sets: Sequence[Said], counts: Sequence[int], *, cpu: bool) -> Iterator[tuple[str, Rows]]:
@@ -149,15 +174,12 @@ def main() -> None:
     made.add_argument("--views", type=int, default=64)
     made.add_argument("--synthetic", type=int, default=1000, help="Classes of the synthetic logits.")
     made.add_argument("--out", type=Path, help="Write all of it there as JSON.")
+    made.add_argument("--logits", type=Path, help="A folder to keep what the teacher says in, for another run.")
     asked = made.parse_args()
-    one, earlier, saved, epoch = taught(asked.data, asked.teacher, samples=asked.samples, views=asked.views, threads=asked.threads)
+    saved = open_model(asked.teacher)
     about = machine(asked.threads) | {"commit": commit(), "teacher": saved.manifest.name, "samples": asked.samples, "views": asked.views}
     about |= {"time": "processor" if asked.cpu else "clock"}
-    size, classes = saved.architecture.size, one.full.shape[2]
-    sets = [halves(f"{classes} classes, {saved.manifest.name}", one, size)]
-    if earlier is not None:
-        sets.append(halves(f"{2 * classes} classes, the teacher beside epoch {epoch}", beside(one, earlier), size))
-    sets.append(halves(f"{asked.synthetic} classes, synthetic", synthetic(one, asked.synthetic, asked.samples // 2), size))
+    sets = logits(asked, saved)
     if not asked.json:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     found: dict[str, Rows] = {}

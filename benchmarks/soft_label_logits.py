@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from kdprune_pipelines._asking import Teachers
-from kdprune_pipelines._models import Saved, open_model
+from kdprune_pipelines._models import Saved
 from kdprune_pipelines._storing import PROBE_SAMPLES
 from numpy.typing import NDArray
 from soft_label_parts import Array, Part, Said
@@ -27,28 +28,45 @@ def halves(name: str, part: Part, size: int) -> Said:
     return Said(name, *(part.samples(slice(*ends)) for ends in ((0, probe // 2), (probe // 2, probe), (probe, n))), size)
 
 
-def taught(data: Path, teacher: Path, *, samples: int, views: int, threads: int) -> tuple[Part, Part | None, Saved, int | None]:
-    """What a teacher says of views of some samples, smallest by order hash first, as `cache` would store it; and what the weights of its
-    last kept epoch before the end say, if there are such. Also the model, and that epoch."""
+@dataclass(frozen=True)
+class Asked:
+    """Which views of which samples of which data set, and in how many threads they are made."""
+
+    data: Path
+    samples: int
+    views: int
+    threads: int = 1
+
+
+def taught(asked: Asked, saved: Saved, epoch: int | None, kept: Path | None) -> Part:
+    """What a teacher says of views of some samples, smallest by order hash first, as `cache` would ask it: with its final weights, or those
+    after a kept epoch. kept: a file that holds it from an earlier run, or is written."""
     import torch
 
     from kdprune_data.learn import views as boxes
     from kdprune_data.learn.stream import Images
 
-    images, saved = Images(Dataset.open(data)), open_model(teacher)
+    images = Images(Dataset.open(asked.data))
     found = images.data
     rows = found.usable()
-    rows = rows[np.argsort(order.order_hash(found.uids[rows], 0, "probe"), kind="stable")[:samples]]
-    earlier = next((epoch for epoch in reversed(saved.kept_epochs) if epoch < saved.manifest.counts["epochs"]), None)
+    rows = rows[np.argsort(order.order_hash(found.uids[rows], 0, "probe"), kind="stable")[: asked.samples]]
     policy = boxes.policy_for(found.sizes[found.usable()], found.classes, size=saved.architecture.size, flip="auto", seed=0)
     if policy.kind != "pad-crop":
-        raise SystemExit(f"{data}: views of this benchmark are padded crops, and these images would be resized; give images of one size")
-    parts = []
-    for epoch in (None,) if earlier is None else (None, earlier):
-        net = saved.load(code=None, epoch=epoch)
-        source = Teachers(images, policy, (saved,), (net,), torch.device("cpu"), None, BATCH, threads)
-        parts.append(Part(_said(source, rows, views), found.labels[rows].astype(np.int64), _boxes(source, rows, views)))
-    return parts[0], parts[1] if earlier else None, saved, earlier
+        raise SystemExit(
+            f"{asked.data}: views of this benchmark are padded crops, and these images would be resized; give images of one size"
+        )
+    name = f"{saved.manifest.digest} {epoch} {found.manifest.digest} {asked.samples} {asked.views}"
+    if kept is not None and kept.is_file():
+        with np.load(kept, allow_pickle=False) as there:
+            if str(there["name"]) != name:
+                raise SystemExit(f"{kept} holds other logits than those asked for: delete it, or name another file")
+            return Part(there["full"], there["labels"], there["boxes"])
+    net = saved.load(code=None, epoch=epoch)
+    source = Teachers(images, policy, (saved,), (net,), torch.device("cpu"), None, BATCH, asked.threads)
+    part = Part(_said(source, rows, asked.views), found.labels[rows].astype(np.int64), _boxes(source, rows, asked.views))
+    if kept is not None:
+        np.savez(kept, name=name, full=part.full, labels=part.labels, boxes=part.boxes)
+    return part
 
 
 def _said(source: Teachers, rows: NDArray[np.int64], views: int) -> NDArray[np.float32]:

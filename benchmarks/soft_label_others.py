@@ -4,6 +4,7 @@ rounded residuals."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,17 +76,19 @@ def affine(bits: int, *, zstd: bool = False) -> Code:
     return lambda part: Coded([], (view(full) for full in part.full), zstd)
 
 
-def residuals(part: Part, steps: Callable[[Array], Array], *, ranked: bool = False) -> Coded:
-    """A sample's mean logits as float16, and of each view what is left, rounded in steps that depend on the mean. steps: mean logits of
-    shape (n, c) to steps of shape (n, c) or (n, 1); ranked: the class with the smallest step comes first, not class 0."""
-    mean = lowrank.centre(part.full).mean(0).astype(np.float16)
-    own = mean.astype(np.float64)
+def residuals(part: Part, steps: Callable[[Array], Array], *, ranked: bool = False, unit: float = 0.0) -> Coded:
+    """A sample's mean logits, and of each view what is left, rounded in steps that depend on the mean. steps: mean logits of shape (n, c)
+    to steps of shape (n, c) or (n, 1); ranked: the class with the smallest step comes first, not class 0; unit: the mean is rounded to so
+    many nats, 0: it is float16."""
+    exact = lowrank.centre(part.full).mean(0)
+    mean = np.rint(exact / unit).astype(np.int16) if unit else exact.astype(np.float16)
+    own = mean.astype(np.float64) * (unit or 1)
     step = np.broadcast_to(steps(own), own.shape)
     order = np.argsort(step, axis=1, kind="stable")
 
     def view(full: NDArray[np.float32]) -> tuple[list[Array], Callable[[float], Array]]:
-        exact = np.rint((lowrank.centre(full) - own) / step)
-        whole = exact.astype(np.int8 if np.abs(exact).max() <= 127 else np.int32)
+        apart = np.rint((lowrank.centre(full) - own) / step)
+        whole = apart.astype(np.int8 if np.abs(apart).max() <= 127 else np.int32)
         again = own + whole * step
         return [np.take_along_axis(whole, order, 1).T if ranked else whole.T], lambda tau: again
 
@@ -107,14 +110,14 @@ def by_probability(step: float, part: Part) -> Coded:
     return residuals(part, steps)
 
 
-def by_kl(step: float, part: Part, *, ranked: bool = False) -> Coded:
+def by_kl(step: float, part: Part, *, ranked: bool = False, rounded: bool = False) -> Coded:
     """Steps of `step` / sqrt(w), w being what KL at the temperatures gives for a small error squared: the sum of p_tau / tau^2."""
 
     def steps(own: Array) -> Array:
         weight = sum(np.exp(lowrank.log_softmax(own, tau)) / tau**2 for tau in TEMPERATURES)
         return step * np.clip(1 / np.sqrt(weight * own.shape[1]), LEAST_STEP, LARGEST_STEP)
 
-    return residuals(part, steps, ranked=ranked)
+    return residuals(part, steps, ranked=ranked, unit=step / 4 if rounded else 0)
 
 
 FIXED: dict[str, Code] = {
@@ -136,6 +139,7 @@ STEPPED: dict[str, Stepped] = {
     "mean + residual, one step": uniform,
     "mean + residual, step by p": by_probability,
     "mean + residual, step by KL": by_kl,
-    "mean + residual, step by KL, ranked": lambda step, part: by_kl(step, part, ranked=True),
+    "mean + residual, step by KL, ranked": partial(by_kl, ranked=True),
+    "rounded mean + residual, step by KL, ranked": partial(by_kl, ranked=True, rounded=True),
 }
 """Codes whose step is chosen for a fidelity."""

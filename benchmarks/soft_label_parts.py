@@ -19,6 +19,7 @@ from kdprune_data.formats import lowrank
 from kdprune_data.formats.logit_files import ZSTD_LEVEL
 
 Array = NDArray[Any]
+HALVINGS = 8
 
 
 @dataclass(frozen=True)
@@ -111,28 +112,34 @@ def worst(coded: Coded, part: Part) -> float:
 
 
 def coarsest(code: Stepped, part: Part, bound: float, *, high: float = 32.0) -> float:
-    """The largest step within the bound on the samples that steps are chosen on, found as `lowrank.coarsest` finds its own."""
+    """The largest step within the bound on the samples that steps are chosen on, found as `cache` finds its own."""
     bound *= MARGIN
     low = high / 2
     while worst(code(low, part), part) > bound:
         low, high = low / 2, low
         if low < 1e-6:
             raise SystemExit(f"no step keeps KL within {bound:g}")
-    for _ in range(lowrank.HALVINGS):
+    for _ in range(HALVINGS):
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if worst(code(middle, part), part) <= bound else (low, middle)
     return low
 
 
-def same_kl(code: Stepped, part: Part, bound: float, *, start: float = 1.0) -> float:
-    """The step with which the largest of the mean KLs is the bound, to a hundredth of it: codes are compared at one KL."""
-    step = start
-    for _ in range(12):
-        lost = worst(code(step, part), part)
-        if abs(lost / bound - 1) < 0.01:
-            break
-        step *= float(np.clip((bound / max(lost, 1e-12)) ** 0.6, 0.25, 4))
-    return step
+def same_kl(code: Stepped, part: Part, bound: float, *, start: float) -> float | None:
+    """The largest step with which the largest of the mean KLs is the bound, to a hundredth of it where it can be: codes are compared at one
+    KL. None where none has it: with a price on bits KL grows again where steps are small."""
+    low, high, step = 0.0, np.inf, start
+    for _ in range(16):
+        share = worst(code(step, part), part) / bound
+        if abs(share - 1) < 0.01:
+            return step
+        low, high = (max(low, step), high) if share < 1 else (low, min(high, step))
+        step = float(np.clip(step * share**-0.6, step / 1.25, step * 1.25))
+        if not low < step < high:
+            step = float(np.sqrt(low * high))
+        if step < start / 8:
+            return None
+    return low if high < 1.05 * low else None
 
 
 def entropy(arrays: Sequence[Array]) -> float:
