@@ -99,7 +99,12 @@ class Codebook:
     def _coordinates(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
         """Along the directions, in units of the base: float64 of shape (n, k)."""
         centred = centre(logits) / self.step - self.vectors[0] / UNIT
-        return np.asarray(centred @ np.linalg.pinv(self.vectors[1:] / UNIT))
+        return np.asarray(centred @ self._back)
+
+    @cached_property
+    def _back(self) -> NDArray[np.float64]:
+        """From logits to what they are along the directions. With 1,000 classes it takes as long to make as thousands of rows to round."""
+        return np.linalg.pinv(self.vectors[1:] / UNIT)
 
 
 @dataclass(frozen=True)
