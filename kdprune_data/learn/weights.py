@@ -107,7 +107,8 @@ def _head_name(model: nn.Module) -> str | None:
         last = head(model)
     except UsageError:
         return None
-    return next(name for name, module in model.named_modules() if module is last)
+    names: list[str] = [name for name, module in model.named_modules() if module is last]
+    return names[0]
 
 
 def _other_classes(model: nn.Module, found: Mapping[str, Tensor], wrong: list[str]) -> tuple[int, int] | None:
