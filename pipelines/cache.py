@@ -87,7 +87,7 @@ class CacheConfig(Config):
     ratio: tuple[float, ...] = option((), help="Width over height of a resized crop; default 0.75 1.3333.", values="LOW HIGH")
     seed: int = option(0, help="Seed of the views.", least=0)
     batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
-    code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
+    code: tuple[str, ...] = option((), help="package.module:function, when a teacher is your own function; may be given several times.")
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
     name: str | None = option(None, help="Name in logits/; default SUBSET--TEACHER.", check=_workspace.plain_name)

@@ -104,7 +104,7 @@ class Codebook:
     @cached_property
     def _back(self) -> NDArray[np.float64]:
         """From logits to what they are along the directions. With 1,000 classes it takes as long to make as thousands of rows to round."""
-        return np.linalg.pinv(self.vectors[1:] / UNIT)
+        return np.asarray(np.linalg.pinv(self.vectors[1:] / UNIT))
 
 
 @dataclass(frozen=True)
