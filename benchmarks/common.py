@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,18 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def commit() -> str | None:
+    """The commit of the checkout that these scripts stand in, with `+` where files differ from it; None where there is none."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -107,6 +120,11 @@ def show(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], *, as_json
         print(json.dumps({"machine": about, "rows": list(rows)}))
         return
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
+    table(rows)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows as a markdown table."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     print(_line(names))
     print(_line("---" for _ in names))

@@ -107,6 +107,7 @@ def main() -> None:
     made.add_argument("--model", default="resnet8", help="The student.")
     made.add_argument("--epochs", type=int, default=40)
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--arms", type=int, default=None, help="Only so many arms, from the first on.")
     made.add_argument("--share", default="0/1", help="Which of how many parts of the students to train now; 0/1: all, and the table.")
     asked = made.parse_args()
     about = machine(asked.threads)
@@ -114,7 +115,7 @@ def main() -> None:
     with quiet():
         subset = prepare(asked)
         # Seed after seed, so that what was interrupted has whole seeds.
-        todo = [(arm, seed) for seed in asked.seeds for arm, seeds in arms(asked.epochs, asked.seeds) if seed in seeds]
+        todo = [(arm, seed) for seed in asked.seeds for arm, seeds in arms(asked.epochs, asked.seeds)[: asked.arms] if seed in seeds]
         found: dict[str, list[dict[str, float]]] = {}
         for arm, seed in todo[part::parts]:
             torch.set_num_threads(asked.threads)

@@ -16,7 +16,7 @@ from kdprune_pipelines._models import Saved
 from numpy.typing import NDArray
 
 from kdprune_data import order
-from kdprune_data.errors import MismatchError, SourceError, UsageError, some
+from kdprune_data.errors import MismatchError, SourceError, some
 from kdprune_data.formats.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -113,16 +113,11 @@ class Teachers:
         return {"teacher": " ".join(one.manifest.digest for one in self.saved), "normalisation": each}
 
     def _logits(self, nets: Sequence[nn.Module], pixels: torch.Tensor) -> torch.Tensor:
-        """Of one teacher its own; of several tau log(mean p), p being their softmax at tau: at tau its softmax is the mean."""
-        import torch
+        from kdprune_data.learn.inference import together
 
         on_device = pixels.to(self.device)
         each: list[torch.Tensor] = [net(one.normalisation.apply(on_device)).float() for net, one in zip(nets, self.saved, strict=True)]
-        if self.temperature is None:
-            return each[0].cpu()
-        logs = torch.stack([torch.log_softmax(z.double() / self.temperature, 1) for z in each])
-        mean: torch.Tensor = self.temperature * (torch.logsumexp(logs, 0) - np.log(len(each)))
-        return mean.float().cpu()
+        return together(each, self.temperature).cpu()
 
     def _finite(self, logits: torch.Tensor, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch
@@ -175,14 +170,15 @@ class Teachers:
 
 
 def check_alike(saved: Sequence[Saved], data: Dataset) -> None:
-    """Raise MismatchError unless all teachers know the data's classes, in their order, and take inputs of one size; UsageError where one
-    is given twice."""
+    """Raise MismatchError unless all teachers know the data's classes, in their order, take inputs of one size, and are different ones."""
     for n, one in enumerate(saved):
-        if again := [other.folder for other in saved[:n] if other.manifest.digest == one.manifest.digest]:
-            raise UsageError(f"--ensemble {one.folder} is the same teacher as {again[0]}: give each once")
         data.same_classes(one.manifest.classes, str(one.folder))
         if one.architecture.size != saved[0].architecture.size:
             raise MismatchError(
                 f"{one.folder} takes inputs of {one.architecture.size} pixels and {saved[0].folder} of {saved[0].architecture.size}: "
                 "an ensemble sees one view; train them at one --size"
+            )
+        if (same := next((other for other in saved[:n] if other.manifest.digest == one.manifest.digest), None)) is not None:
+            raise MismatchError(
+                f"{one.folder} and {same.folder} are one teacher ({one.manifest.digest[:12]}), which would count twice: leave one out"
             )

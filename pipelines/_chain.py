@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def _config(config: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def _check_functions(values: Mapping[str, Any], config: type[Config], code: Sequence[str]) -> None:
-    for name in _recipes.functions(values, config).values():
+    for name in chain.from_iterable(_recipes.functions(values, config).values()):
         if name not in code:
             raise UsageError(
                 f"names the function {name!r} to run: functions are run only when named on the command line: add --code {name}"

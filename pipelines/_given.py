@@ -140,7 +140,7 @@ def _logits(path: Path, table: pa.Table, classes: int) -> NDArray[np.float32]:
         other = int(lengths[lengths != classes][0]) if (lengths != classes).any() else "null"
         raise SourceError(f"{path}: a row has {other} logits, the data have {classes} classes: one number for each, in their order")
     with np.errstate(over="ignore"):  # which is told here
-        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, classes)
+        values: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, classes)
     bad = np.flatnonzero(~np.isfinite(values).all(1))
     if len(bad):
         ids = some(table["id"].take(pa.array(bad)).to_pylist())

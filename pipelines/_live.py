@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def check_size(live: Saved, size: int, cache: Path | None) -> None:
     raise MismatchError(f"{live.folder} reads {reads} pixels, and {whose} would show it {size}: use a teacher of that size, or {instead}")
 
 
-def at_work(live: Saved, student: Predictor, *, code: str | None) -> Teacher:
+def at_work(live: Saved, student: Predictor, *, code: Sequence[str]) -> Teacher:
     """The teacher beside its student, on the same device, with a normalisation of its own. Raises as `Saved.load` does."""
     from kdprune_data.learn import inference
     from kdprune_data.learn.live import Teacher

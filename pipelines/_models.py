@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,8 +60,12 @@ class Saved:
         names = [f.path for f in self.manifest.files if f.path.startswith("dynamics/epoch-")]
         return sorted(int(name[15:].split(".")[0]) for name in names)
 
-    def load(self, *, code: str | None, epoch: int | None = None) -> nn.Module:
-        """The network with the final weights, or those after a kept epoch.
+    def may_run(self, code: str | Sequence[str] | None) -> bool:
+        """Whether it needs no function of the user's, or one of those named on the command line."""
+        return ":" not in self.architecture.name or self.architecture.name in ([code] if isinstance(code, str) else code or ())
+
+    def load(self, *, code: str | Sequence[str] | None, epoch: int | None = None) -> nn.Module:
+        """The network with the final weights, or those after a kept epoch. code: the user's own function, or several, of the command line.
 
         Raises UsageError when it is the user's own function and `code` does not name it, FormatError when the file is not that of the
         manifest.
@@ -68,7 +73,7 @@ class Saved:
         from kdprune_data.learn.models import build
         from kdprune_data.learn.weights import load_weights
 
-        net = build(self.architecture, seed=0, code=code)
+        net = build(self.architecture, seed=0, code=self.architecture.name if self.may_run(code) else None)
         load_weights(net, self.manifest.checked(self.folder, WEIGHTS if epoch is None else epoch_weights(epoch)))
         return net
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +19,29 @@ from kdprune_pipelines import _workspace
 from kdprune_pipelines._console import count, say
 from kdprune_pipelines._models import Saved, open_model
 from kdprune_pipelines._suspects import cause
-from kdprune_pipelines._witness import TEMPERATURES, Limits, Pairs, Witness, chosen, softmax
+from kdprune_pipelines._witness import TEMPERATURES, Limits, Pairs, Witness, chosen, softmax, together_named
 from numpy.typing import NDArray
 
 from kdprune_data.errors import KdpruneError, MismatchError, UsageError
-from kdprune_data.formats.logits import LogitCache
+from kdprune_data.formats.logits import Joined, LogitCache
 from kdprune_data.formats.lowrank import kl
 from kdprune_data.formats.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from kdprune_data.learn.stream import Images, ViewSource
 
-__all__ = ["Agreement", "Limits", "Witness", "at_start", "check_asked", "data_of", "recheck"]
+__all__ = ["Agreement", "AtHand", "Limits", "Witness", "at_start", "check_asked", "data_of", "recheck", "together_named", "witness_of"]
+
+
+@dataclass(frozen=True)
+class AtHand:
+    """Where a cache's teachers may be found: a folder that was given, or else `teachers/`; `code`: functions of the user's that may run."""
+
+    given: Path | None
+    code: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ def _fault(witness: Witness, pairs: Pairs, at: NDArray[np.int64], found: Agreeme
     """What is the matter, by how much, why, and what to do."""
     numbers = f"largest difference {found.largest:.2g}, mean {found.mean:.2g}, where {found.allowed}; {found.agreement}"
     which = f"{len(at):,} of {count(found.pairs, 'soft label')}{_alike(witness, pairs, at)}"
-    return f"{which} are not what {witness.saved.folder} says of them again ({numbers}): {why}; make the cache again (cache --overwrite)"
+    says = "says" if len(witness.saved) == 1 else "together say"
+    return f"{which} are not what {witness.name} {says} of them again ({numbers}): {why}; make the cache again (cache --overwrite)"
 
 
 def _alike(witness: Witness, pairs: Pairs, at: NDArray[np.int64]) -> str:
@@ -128,17 +138,36 @@ def _alike(witness: Witness, pairs: Pairs, at: NDArray[np.int64]) -> str:
     return ""
 
 
-def check_asked(folder: Path, cache: Manifest, asked: Saved) -> None:
-    """Raise MismatchError unless a teacher is the one that a cache was made by; of logits from elsewhere nothing tells."""
+def check_asked(folder: Path, cache: Manifest, asked: Sequence[Saved]) -> list[Saved]:
+    """The teachers to ask, in the cache's order. Raises MismatchError unless they are those that it was made by, each of them; of logits
+    from elsewhere, of which nothing tells, any one may be asked."""
     makers = [one for one in cache.inputs if one["role"] == "teacher"]
-    if len(makers) > 1:
-        raise MismatchError(f"{folder} holds what {len(makers)} teachers say together, which one alone does not tell: leave out --teacher")
-    for one in makers:
-        if one["digest"] != asked.manifest.digest:
+    if not makers and len(asked) > 1:
+        raise MismatchError(f"{folder} holds logits from elsewhere, which do not say how several teachers were mixed: leave out --ensemble")
+    if not makers:
+        return list(asked)
+    known = {one["digest"]: f"{one['name']} ({one['digest'][:12]})" for one in makers}
+    whose = f"teacher{'s' if len(known) > 1 else ''} {together_named(list(known.values()))}"
+    there = {one.manifest.digest: one for one in asked}
+    for digest, one in there.items():
+        if digest not in known:
             raise MismatchError(
-                f"{folder} holds the logits of teacher {one['name']} ({one['digest'][:12]}), not of {asked.folder} "
-                f"({asked.manifest.digest[:12]}): give its own teacher, or run cache with this one"
+                f"{folder} holds the logits of {whose}, not of {one.folder} ({digest[:12]}): "
+                "give its own teacher, or run cache with this one"
             )
+    if absent := [name for digest, name in known.items() if digest not in there]:
+        raise MismatchError(f"{folder} holds what {whose} say together: give {together_named(absent)} too, with --ensemble DIR")
+    return [there[digest] for digest in known]
+
+
+def witness_of(joined: Joined, images: Images, saved: Sequence[Saved], *, nets: Sequence[nn.Module], device: torch.device) -> Witness:
+    """The teachers of a cache, and their networks, ready to be asked."""
+    from kdprune_data.learn.inference import Predictor
+
+    cache, size = joined.cache, int(joined.cache.policy["size"])
+    made = [Predictor(net, one.normalisation, size, device) for net, one in zip(nets, saved, strict=True)]
+    ensemble = cache.manifest.config.get("ensemble")
+    return Witness(joined, images, saved, made, None if ensemble is None else float(ensemble["temperature"]))
 
 
 def data_of(folder: Path, cache: Manifest) -> Path:
@@ -159,40 +188,38 @@ def data_of(folder: Path, cache: Manifest) -> Path:
     return found
 
 
-def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: int, device: torch.device, given: Path | None = None) -> None:
-    """Before a training with a cache: ask its teacher again about a few of the soft labels that are used, if it is at hand: `given`, or in
-    `teachers/`.
+def at_start(cache: LogitCache, shown: ViewSource, images: Images, *, sample: int, device: torch.device, at_hand: AtHand) -> None:
+    """Before a training with a cache: ask its teachers again about a few of the soft labels that are used, if they are at hand.
 
-    Says what came of it; silent where the teacher is not there, there are several, or it is the user's own function. Raises MismatchError
-    where soft labels are not what the teacher says.
+    Says what came of it; silent where one is not there, or is a function of the user's that was not named. Raises MismatchError where soft
+    labels are not what the teachers say.
     """
-    from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.stream import CachedViews
 
-    saved = _at_hand(cache, given) if sample and isinstance(shown, CachedViews) else None
-    if saved is None or not isinstance(shown, CachedViews):
+    if not sample or not isinstance(shown, CachedViews) or not (saved := _found(cache, at_hand)):
         return
     try:
-        net = saved.load(code=None)
+        nets = [one.load(code=at_hand.code) for one in saved]
     except KdpruneError as error:  # training does without it
-        say(f"{saved.folder}, of which the soft labels are, cannot be asked about them again: {error}")
+        say(f"{together_named([one.folder for one in saved])}, of which the soft labels are, cannot be asked about them again: {error}")
         return
-    witness = Witness(shown.joined, images, saved, Predictor(net, saved.normalisation, shown.policy.size, device))
+    witness = witness_of(shown.joined, images, saved, nets=nets, device=device)
     found = recheck(witness, views=shown.count, sample=sample, seed=0)
     if found.fault is not None:
         raise MismatchError(f"{cache.folder}: {found.fault}")
     figures = f"largest difference {found.largest:.2g}, {found.agreement}"
-    say(f"{count(found.pairs, 'soft label')} asked of {saved.folder} again: {figures}")
+    say(f"{count(found.pairs, 'soft label')} asked of {witness.name} again: {figures}")
 
 
-def _at_hand(cache: LogitCache, given: Path | None) -> Saved | None:
-    """The cache's teacher, where it is given or the workspace has it, and it is a network of a known kind."""
-    makers = [one["digest"] for one in cache.manifest.inputs if one["role"] == "teacher"]
-    for folder in [*([] if given is None else [given]), *_workspace.folders(_workspace.TEACHERS)] if len(makers) == 1 else ():
+def _found(cache: LogitCache, at_hand: AtHand) -> list[Saved]:
+    """The cache's teachers, where all are at hand and may be run, else none."""
+    there: dict[str, Saved] = {}
+    makers = [one["digest"] for one in cache.teachers]
+    for folder in [*([] if at_hand.given is None else [at_hand.given]), *_workspace.folders(_workspace.TEACHERS)] if makers else ():
         try:
-            if Manifest.read(folder).digest == makers[0]:
-                saved = open_model(folder)
-                return None if ":" in saved.architecture.name else saved
+            if (digest := Manifest.read(folder).digest) in makers and digest not in there:
+                there[digest] = open_model(folder)
         except KdpruneError:  # some other, damaged folder is no concern of a student's
             continue
-    return None
+    saved = [there[digest] for digest in makers if digest in there]
+    return saved if len(saved) == len(makers) and all(one.may_run(at_hand.code) for one in saved) else []

@@ -208,16 +208,20 @@ def _named(values: Mapping[str, Any], command: str, config: type[Config]) -> Ite
     yield f"{recipe.where} [{command}]", found
 
 
-def functions(values: Mapping[str, Any], config: type[Config]) -> dict[str, str]:
-    """Those of some options that name a function of the user's to run, by key."""
+def functions(values: Mapping[str, Any], config: type[Config]) -> dict[str, list[str]]:
+    """What some options name as functions of the user's to run, by key."""
     plain = {key: kind[0] for key, kind in field_types(config).items()}
-    return {key: str(values[key]) for key in CODE if plain.get(key) is str and ":" in str(values.get(key, ""))}
+    given = {key: values[key] for key in CODE if plain.get(key) is str and key in values}
+    named = {key: [str(one) for one in (value if isinstance(value, list | tuple) else [value])] for key, value in given.items()}
+    return {key: names for key, each in named.items() if (names := [one for one in each if ":" in one])}
 
 
 def _refuse_functions(settled: Settled, config: type[Config]) -> None:
-    for key, name in functions(settled.values, config).items():
+    for key, names in functions(settled.values, config).items():
         if key in settled.origins:
-            raise UsageError(f"{settled.origins[key]} names the function {name!r} to run: functions are run only when named with --{key}")
+            raise UsageError(
+                f"{settled.origins[key]} names the function {names[0]!r} to run: functions are run only when named with --{key}"
+            )
 
 
 def applied(command: str, config: C) -> C:

@@ -22,6 +22,7 @@ from kdprune_data.formats import lowrank, table
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.logit_files import CODEBOOK, CODED, ViewRows, top1
 from kdprune_data.formats.lowrank import Codebook
+from kdprune_data.formats.rounding import TRIED, Code, Rounding, coarsest
 
 if TYPE_CHECKING:
     from kdprune_data.learn.views import Geometry
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 TEMPERATURES = (1.0, 2.0, 4.0)
 PROBE_SAMPLES, LEAST_SAMPLES, PROBE_VIEWS = 1024, 16, 8
 PROBE_BYTES = 128_000_000
-MARGIN = 0.95
+MARGIN = 0.93
 """The step is chosen for this much of the bound: what other samples lose is not exactly what the probe's do."""
 
 
@@ -87,8 +88,8 @@ class CodedStore:
     """Within a bound of KL. `digest`: of the codebook's file; `probe`: bool for each row of the data, the samples it was learned from."""
 
     book: Codebook
+    rounding: Rounding
     digest: str
-    temperatures: Sequence[float]
     probe: NDArray[np.bool_]
 
     def keep(self, full: NDArray[np.float32]) -> tuple[NDArray[np.floating], dict[float, float]]:
@@ -99,12 +100,12 @@ class CodedStore:
         """See `Store`."""
         base = self._base(build, part, metadata)
         residuals, right = [], []
-        lost, others = dict.fromkeys(self.temperatures, 0.0), ~self.probe[part.rows]
+        lost, others = dict.fromkeys(self.rounding.temperatures, 0.0), ~self.probe[part.rows]
         for full in part.kept:
-            residuals.append(self.book.residual_of(full, base))
+            residuals.append(self.rounding.residual_of(self.book, full, base))
             again = self.book.decode(base, residuals[-1])
             right.append(top1(again, labels))
-            for tau in self.temperatures if others.any() else ():
+            for tau in lost if others.any() else ():
                 lost[tau] += lowrank.mean_kl(full[others], again[others], tau) / len(part.kept)
         boxes = [files.Boxes(b.top, b.left, b.height, b.width, b.flip) for b in part.boxes]
         measured = {"codebook": self.digest, "measured": str(int(others.sum()))} | _measured(right, lost)
@@ -136,27 +137,26 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class Code:
-    """A code that was chosen: the codebook, the KL of the samples it was chosen on, and about how many bytes base and residual take."""
+class Choice:
+    """A code that was chosen, and about how many bytes base and residual take."""
 
-    book: Codebook
-    kl: dict[float, float]
+    code: Code
     base_bytes: float
     view_bytes: float
 
 
-def choose(logits: NDArray[np.float32], fidelity: Fidelity, views: int) -> Code:
+def choose(logits: NDArray[np.float32], fidelity: Fidelity, views: int) -> Choice:
     """The coarsest code within the fidelity. logits: float32 of shape (v, n, c), some views of the probe's samples: the first half is
     learned from, the step is chosen on the second; views: in the first range."""
     half = logits.shape[1] // 2
     space = lowrank.fit(logits[:, :half])
-    chosen = logits[:, half:]
+    some = logits[:, half:]
     multiple = lowrank.multiple_for(views)
-    book, kl = lowrank.coarsest(space, chosen, multiple=multiple, bound=MARGIN * fidelity.bound, temperatures=fidelity.temperatures)
-    base = book.base_of(lowrank.centre(chosen).mean(0))
-    n = chosen.shape[1]
-    residual = sum(_packed(book.residual_of(view, base)) for view in chosen) / len(chosen)
-    return Code(book, kl, _packed(base) / n, residual / n)
+    code = coarsest(space, some, multiple=multiple, bound=MARGIN * fidelity.bound, temperatures=fidelity.temperatures)
+    base = code.book.base_of(lowrank.centre(some).mean(0))
+    n, tried = some.shape[1], some[:TRIED]
+    residual = sum(_packed(code.rounding.residual_of(code.book, view, base)) for view in tried) / len(tried)
+    return Choice(code, _packed(base) / n, residual / n)
 
 
 def _packed(numbers: NDArray[Any]) -> int:
@@ -174,31 +174,33 @@ def probe_rows(source: Source) -> NDArray[np.int64]:
     return np.asarray(usable[by_hash[: min(PROBE_SAMPLES, most, max(8, len(usable) // 4))]])
 
 
-def coded_store(source: Source, build: Build, fidelity: Fidelity, views: int) -> tuple[CodedStore, Code | None]:
+def coded_store(source: Source, build: Build, fidelity: Fidelity, views: int) -> tuple[CodedStore, Choice | None]:
     """The store of a coded cache: its codebook as it stands in the folder, or learned and written; then also what was chosen.
 
     views: in the first range.
     """
-    rows, code = probe_rows(source), None
+    rows, choice = probe_rows(source), None
     noted = build.finished(CODEBOOK)
     if noted is None or noted.get("views", views) != views:  # that of a run for other views is none of this one's
         build.keep_only(())  # what was coded with another codebook
-        code = choose(_ask(source, rows, min(views, PROBE_VIEWS)), fidelity, views)
+        choice = choose(_ask(source, rows, min(views, PROBE_VIEWS)), fidelity, views)
+        code = choice.code
         facts = {
             "temperatures": list(fidelity.temperatures),
             "fidelity": fidelity.bound,
             "kl": {f"{tau:g}": round(kl, 9) for tau, kl in code.kl.items()},
+            "rounding": code.rounding.to_json(),
         }
         build.write(CODEBOOK, files.codebook_bytes(code.book, facts), {"views": views})
         say(
             f"{CODED}: {count(code.book.directions, 'direction')}, step {code.book.step * code.book.multiple:.3g}; KL of the probe "
             + ", ".join(f"{kl:.2g} at temperature {tau:g}" for tau, kl in code.kl.items())
         )
-    book, _ = files.read_codebook(build.folder / CODEBOOK)
+    book, stated = files.read_codebook(build.folder / CODEBOOK)
     digest = next(str(file.sha256) for file in build.files() if file.path == CODEBOOK)
     among = np.zeros(len(source.data), bool)
     among[rows] = True
-    return CodedStore(book, digest, fidelity.temperatures, among), code
+    return CodedStore(book, Rounding.of_json(stated["rounding"], fidelity.temperatures), digest, among), choice
 
 
 def _ask(source: Source, rows: NDArray[np.int64], views: int) -> NDArray[np.float32]:

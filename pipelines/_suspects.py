@@ -167,18 +167,23 @@ def _other_inputs(case: Case) -> Iterator[Supposition]:
     """The teacher saw the right pixels, normalised in another way."""
     from kdprune_data.learn.views import Normalisation
 
-    own = case.witness.predictor.normalisation
-    ways: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-        ("none, pixels from 0 to 1", lambda pixels: pixels.float() / 255),
-        ("none, pixels from 0 to 255", lambda pixels: pixels.float()),
-        ("the mean taken off pixels from 0 to 255", lambda pixels: own.apply(pixels.float() * 255)),
-        ("mean and deviation 0.5", Normalisation(HALF, HALF).apply),
-        ("that of ImageNet", Normalisation(*IMAGENET).apply),
-        ("its mean and deviation in the order blue, green, red", Normalisation(own.mean[::-1], own.std[::-1]).apply),
-        ("channels in the order blue, green, red", lambda pixels: own.apply(pixels.flip(1))),
-        ("the mean alone, not divided by the deviation", Normalisation(own.mean, (1.0, 1.0, 1.0)).apply),
-        ("the teacher's own, twice", lambda pixels: own.apply(own.apply(pixels) * 255)),
+    ways: list[tuple[str, Callable[[Normalisation, Tensor], Tensor]]] = [
+        ("none, pixels from 0 to 1", lambda _, pixels: pixels.float() / 255),
+        ("none, pixels from 0 to 255", lambda _, pixels: pixels.float()),
+        ("the mean taken off pixels from 0 to 255", lambda own, pixels: own.apply(pixels.float() * 255)),
+        ("mean and deviation 0.5", lambda _, pixels: Normalisation(HALF, HALF).apply(pixels)),
+        ("that of ImageNet", lambda _, pixels: Normalisation(*IMAGENET).apply(pixels)),
+        (
+            "its mean and deviation in the order blue, green, red",
+            lambda own, pixels: Normalisation(own.mean[::-1], own.std[::-1]).apply(pixels),
+        ),
+        ("channels in the order blue, green, red", lambda own, pixels: own.apply(pixels.flip(1))),
+        ("the mean alone, not divided by the deviation", lambda own, pixels: Normalisation(own.mean, (1.0, 1.0, 1.0)).apply(pixels)),
+        ("the teacher's own, twice", lambda own, pixels: own.apply(own.apply(pixels) * 255)),
     ]
+    if len(case.witness.saved) > 1:
+        for saved in case.witness.saved:
+            ways.append((f"that of {saved.folder} for all", lambda _, pixels, theirs=saved.normalisation: theirs.apply(pixels)))  # type: ignore[misc]  # a lambda's default has no type
     for what, normalise in ways:
         said = case.witness.says(case.pairs.rows, case.pairs.boxes, normalise=normalise)
         yield Supposition(f"another normalisation of the teacher's inputs: {what}", said, case.pairs.stored)
@@ -239,22 +244,41 @@ def _swapped(case: Case, said: F64) -> Iterator[Supposition]:
 
 
 def _earlier(case: Case) -> Iterator[Supposition]:
-    """Weights that the teacher had after another epoch."""
-    saved, predictor = case.witness.saved, case.witness.predictor
-    if ":" in saved.architecture.name:  # the user's own function is run once, not for every epoch
-        return
-    for epoch in saved.kept_epochs[:-1]:
-        try:
-            net = saved.load(code=None, epoch=epoch)
-        except KdpruneError:
+    """Weights that a teacher had after another epoch."""
+    for n, saved in enumerate(case.witness.saved):
+        if not saved.may_run(None):  # the user's own function is run once, not for every epoch
             continue
-        witness = replace(case.witness, predictor=replace(predictor, net=net))
-        said = witness.says(case.pairs.rows, case.pairs.boxes)
-        yield Supposition(f"other weights: those that the teacher had after epoch {epoch}", said, case.pairs.stored)
+        whose = "the teacher" if len(case.witness.saved) == 1 else str(saved.folder)
+        for epoch in saved.kept_epochs[:-1]:
+            try:
+                net = saved.load(code=None, epoch=epoch)
+            except KdpruneError:
+                continue
+            predictors = [*case.witness.predictors]
+            predictors[n] = replace(predictors[n], net=net)
+            said = replace(case.witness, predictors=predictors).says(case.pairs.rows, case.pairs.boxes)
+            yield Supposition(f"other weights: those that {whose} had after epoch {epoch}", said, case.pairs.stored)
+
+
+def _other_mixture(case: Case) -> Iterator[Supposition]:
+    """What several teachers say, put together in another way."""
+    from kdprune_data.learn.inference import together
+
+    if case.witness.temperature is None:
+        return
+    each, stored = case.witness.each(case.pairs.rows, case.pairs.boxes), case.pairs.stored
+    for saved, one in zip(case.witness.saved, each, strict=True):
+        yield Supposition(f"they are those of {saved.folder} alone", shifted(one.numpy()), stored)
+    mean = np.mean([one.double().numpy() for one in each], axis=0)
+    yield Supposition("they are the mean of the teachers' logits, not of their probabilities", shifted(mean), stored)
+    for tau in TEMPERATURES:
+        text = f"they are the mean of the teachers' probabilities at temperature {tau:g}, not {case.witness.temperature:g}"
+        yield Supposition(text, shifted(together(each, tau).numpy()), stored)
 
 
 SUSPECTS: tuple[Callable[[Case], Iterator[Supposition]], ...] = (
     _scaled,
+    _other_mixture,
     _other_classes,
     _other_rows,
     _other_boxes,

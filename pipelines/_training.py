@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdprune_pipelines import _workspace
-from kdprune_pipelines._console import bar
+from kdprune_pipelines._console import bar, say
 from kdprune_pipelines._models import WEIGHTS
 
 from kdprune_data.config import Config, option
@@ -178,9 +178,13 @@ def init_file(given: Path | None, folder: Path) -> Path | None:
 
 
 def begin_from(net: nn.Module, file: Path | None) -> nn.Module:
-    """The network with the weights of a file, where there is one. Raises SourceError and MismatchError."""
+    """The network with the first weights of a file, where there is one; of other classes all but its last layer's, which is said.
+
+    Raises SourceError and MismatchError.
+    """
     if file is not None:
         from kdprune_data.learn.weights import load_weights
 
-        load_weights(net, file)
+        if (classes := load_weights(net, file, new_head=True)) is not None:
+            say(f"{file} tells {classes:,} classes apart: its last layer is left out, and a fresh one is trained")
     return net

@@ -1,12 +1,14 @@
 """A teacher as a witness: what a logit cache holds of some (row, view) pairs, what the teacher says of them, how far these may differ.
 
 A pair's stored box is rendered from the data set's image as students are shown it; the teacher sees it in eval mode, in float32, normalised
-as its folder says. Compared are z - max(z), and for coded caches what softmax makes of them.
+as its folder says. Of several teachers it is what they say together, at the cache's temperature. Compared are z - max(z), and for coded
+caches what softmax makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Geometry, Policy
+    from kdprune_data.learn.views import Geometry, Normalisation, Policy
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -43,6 +45,16 @@ KL_NOISE = 1e-5
 FITS = 0.8
 """An explanation holds when it holds for this share of the pairs: a shift by a row explains nothing at the ends of a shard."""
 AT_ONCE = 64
+
+
+def together_named(folders: Sequence[object]) -> str:
+    """Folders as a sentence has them.
+
+    >>> together_named(["a", "b", "c"]), together_named(["a"])
+    ('a, b and c', 'a')
+    """
+    *first, last = map(str, folders)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def shifted(logits: NDArray[np.floating]) -> F64:
@@ -127,17 +139,23 @@ def chosen(data: Dataset, views: int, n: int, seed: int) -> tuple[I64, I64]:
 
 @dataclass(frozen=True)
 class Witness:
-    """A cache, the data set that it is aligned with, and the teacher."""
+    """A cache, the data set that it is aligned with, and its teacher; or several, whose probabilities have their mean at `temperature`."""
 
     joined: Joined
     images: Images
-    saved: Saved
-    predictor: Predictor
+    saved: Sequence[Saved]
+    predictors: Sequence[Predictor]
+    temperature: float | None = None
 
     @property
     def data(self) -> Dataset:
         """The data set."""
         return self.images.data
+
+    @property
+    def name(self) -> str:
+        """The teachers' folders, for messages."""
+        return together_named([one.folder for one in self.saved])
 
     @cached_property
     def policy(self) -> Policy:
@@ -164,30 +182,48 @@ class Witness:
         rows: I64,
         boxes: Geometry | None,
         *,
-        normalise: Callable[[Tensor], Tensor] | None = None,
+        normalise: Callable[[Normalisation, Tensor], Tensor] | None = None,
         tick: Callable[[int], None] | None = None,
     ) -> F64:
-        """The teacher's z - max(z) of some boxes of some rows, float64 of shape (n, c); without boxes, of the images as they are evaluated.
+        """z - max(z), float64 of shape (n, c), for some boxes of some rows; without boxes, for the images as they are evaluated.
 
-        normalise: what goes before the network (uint8 of shape (n, 3, s, s) to float32), default the teacher's own; tick: gets the number
-        of each batch done. Raises SourceError for an image that does not decode, or a logit that is no finite number.
+        normalise: what goes before a network of some normalisation (uint8 of shape (n, 3, s, s) to float32), default just that; tick: gets
+        the number of each batch done. Raises SourceError for an image that does not decode, or a logit that is no finite number.
         """
+        from kdprune_data.learn.inference import together
+
+        return shifted(together(self.each(rows, boxes, normalise=normalise, tick=tick), self.temperature).numpy())
+
+    def each(
+        self,
+        rows: I64,
+        boxes: Geometry | None,
+        *,
+        normalise: Callable[[Normalisation, Tensor], Tensor] | None = None,
+        tick: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """The same by teacher: their logits, float32 of shape (n, c) each."""
         import torch
 
         from kdprune_data.learn.inference import evaluating
 
-        found, apply = [], normalise or self.predictor.normalisation.apply
-        with evaluating(self.predictor.net, self.predictor.device) as net:
+        found: list[list[Tensor]] = [[] for _ in self.saved]
+        with ExitStack() as stack:
+            nets = [stack.enter_context(evaluating(one.net, one.device)) for one in self.predictors]
             for at in order.batches(np.arange(len(rows)), AT_ONCE):
                 pixels = self._rendered(rows[at], None if boxes is None else boxes.take(at))
-                said = net(apply(pixels.to(self.predictor.device))).float().cpu()
-                bad = self.data.ids[rows[at[~torch.isfinite(said).all(1).numpy()]]]
-                if len(bad):
-                    raise SourceError(f"what {self.saved.folder} says of {some(bad)} are no finite numbers: its weights are broken")
-                found.append(shifted(said.numpy()))
+                for n, (net, one) in enumerate(zip(nets, self.predictors, strict=True)):
+                    shown = pixels.to(one.device)
+                    inputs = one.normalisation.apply(shown) if normalise is None else normalise(one.normalisation, shown)
+                    said = net(inputs).float().cpu()
+                    bad = self.data.ids[rows[at[~torch.isfinite(said).all(1).numpy()]]]
+                    if len(bad):
+                        whose = self.saved[n].folder
+                        raise SourceError(f"what {whose} says of {some(bad)} are no finite numbers: its weights are broken")
+                    found[n].append(said)
                 if tick is not None:
                     tick(len(at))
-        return np.concatenate(found)
+        return [torch.cat(one) for one in found]
 
     def _rendered(self, rows: I64, boxes: Geometry | None) -> Tensor:
         """uint8 of shape (n, 3, s, s), decoded a few at a time: photographs are large."""

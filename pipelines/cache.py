@@ -87,7 +87,7 @@ class CacheConfig(Config):
     ratio: tuple[float, ...] = option((), help="Width over height of a resized crop; default 0.75 1.3333.", values="LOW HIGH")
     seed: int = option(0, help="Seed of the views.", least=0)
     batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
-    code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
+    code: tuple[str, ...] = option((), help="package.module:function, when a teacher is your own function; may be given several times.")
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
     name: str | None = option(None, help="Name in logits/; default SUBSET--TEACHER.", check=_workspace.plain_name)
@@ -287,9 +287,9 @@ def _store(plan: Plan, source: Source, build: Build, there: int, spans: list[tup
     if plan.fidelity is None:
         return PlainStore(plan.dtype), plan.bytes(there, plan.view_bytes)
     first = LogitCache.open(build.folder).parts[0] if there else (*spans[0], 0)
-    store, code = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
-    if code is not None:
-        return store, plan.bytes(there, code.view_bytes + _geometry_bytes(plan), code.base_bytes)
+    store, choice = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
+    if choice is not None:
+        return store, plan.bytes(there, choice.view_bytes + _geometry_bytes(plan), choice.base_bytes)
     standing = [f for f in build.files() if f.path.startswith("views-")]
     done = sum(len(plan.data.rows_of(files.shard_of(f.path))) * len(files.views_of(f.path)) for f in standing)
     return store, int(len(plan.data.usable()) * (plan.views - there) * sum(f.bytes for f in standing) / max(done, 1))
@@ -350,8 +350,8 @@ def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
     state = "grown" if there and new else state
     seconds, said = _tried(plan, plan.source(), there) if new else (0.0, [])
     each, base = plan.view_bytes, 0.0
-    if plan.fidelity is not None and new and (code := _code_of_few(plan, said)):
-        each, base = code.view_bytes + _geometry_bytes(plan), code.base_bytes
+    if plan.fidelity is not None and new and (choice := _choice_of_few(plan, said)):
+        each, base = choice.view_bytes + _geometry_bytes(plan), choice.base_bytes
     return Estimate(folder, state, {"sample": len(rows), "view": new}, plan.bytes(there, each, base), seconds).outcome()
 
 
@@ -375,7 +375,7 @@ def _tried(plan: Plan, source: Source, there: int) -> tuple[float, list[list[NDA
     return measure_growing(work(), len(rows) * (plan.views - there)), said
 
 
-def _code_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Code | None:
+def _choice_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Choice | None:
     """About how a coded cache would be coded; None where too little was said to tell: then the plain size is the most it takes."""
     assert plan.fidelity is not None
     logits = np.stack([np.concatenate(one) for one in said])

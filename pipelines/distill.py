@@ -52,7 +52,10 @@ class DistillConfig(TrainingConfig):
     logits: str | None = option(None, help="The logit cache's folder, or none; default the only one that fits in logits/.")
     teacher: Path | None = option(None, help="Use the cache of this teacher, and refuse any other.")
     live: Path | None = option(None, help="Ask this teacher while training, of the cache's views or of drawn ones; default cached logits.")
-    code: str | None = option(None, help="package.module:function, when the teacher of --live is your own function.")
+    code: tuple[str, ...] = option(
+        (),
+        help="package.module:function, when a teacher that is asked, by --live or --check-labels, is your own; may be given several times.",
+    )
     model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
     alpha: str = option(
         "auto", help="Weight of the teacher, 0 to 1; auto: 0.9 up to a tenth kept, linear in log10 to 0.5 at all (provisional)."
@@ -136,7 +139,8 @@ def run(config: DistillConfig) -> Outcome:
             say("already done")
             return _fit.outcome(folder, build.done)
         if cache is not None and lesson.alpha:
-            _recheck.at_start(cache, lesson.views, images, sample=config.check_labels, device=device, given=config.teacher)
+            at_hand = _recheck.AtHand(config.teacher, config.code)
+            _recheck.at_start(cache, lesson.views, images, sample=config.check_labels, device=device, at_hand=at_hand)
         job = replace(_job(config, lesson, images, student, _fit.validation(val, data), teacher), board=board)
         _fit.announce(config.model, job.training)
         made = build.seal(counts=_fit.train(job, build), classes=data.classes, content=data.manifest.content)

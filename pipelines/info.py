@@ -65,12 +65,18 @@ def _more(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _soft_labels(folder: Path) -> dict[str, Any]:
-    """What a logit cache takes, loses and holds for: bytes of a view of a sample, everything included; mean KL(full || stored) by
-    temperature; the temperatures from the lowest to the highest, null for all."""
+    """What a logit cache takes, loses and holds for, and what its teachers were shown: bytes of a view of a sample, everything included;
+    mean KL(full || stored) by temperature; the temperatures from the lowest to the highest, null for all; of each teacher the side of its
+    inputs in pixels, and their normalisation."""
     cache = LogitCache.open(folder)
     size = sum(f.bytes for f in cache.manifest.files)
     views = cache.views * int(cache.manifest.counts["samples"])
-    return {"bytes_per_view": round(size / views, 3), "kl": cache.kl, "temperatures": cache.temperatures}
+    shown = [
+        {"name": one["name"], "size": one["config"]["architecture"]["size"], **one["config"]["normalisation"]}
+        for one in cache.teachers
+        if {"architecture", "normalisation"} <= one["config"].keys()
+    ]
+    return {"bytes_per_view": round(size / views, 3), "kl": cache.kl, "temperatures": cache.temperatures, "teachers": shown}
 
 
 def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -96,6 +102,9 @@ def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Ite
         yield f"  stored    {found['bytes_per_view']:,.1f} bytes a view of a sample; mean KL(full || stored) {lost}"
         held = found["temperatures"]
         yield f"  holds     {'at any temperature' if held is None else f'at {_soft.spoken(held)}'}"
+        for n, one in enumerate(found["teachers"]):
+            mean, std = (" ".join(f"{value:.4g}" for value in one[key]) for key in ("mean", "std"))
+            yield f"  {'' if n else 'inputs':<9} of {one['name']}: {one['size']} pixels, less mean {mean}, by deviation {std}"
     for n, line in enumerate(_settings(manifest.config)):
         yield f"  {'settings' if n == 0 else '':<9} {line}"
     yield f"  digest    {manifest.digest}"

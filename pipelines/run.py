@@ -198,9 +198,11 @@ class Chain:
         """A step's configuration with the folders that earlier steps made, and leave to run the functions that were named."""
         made = {name: self._made(link, step, name) for name, link in step.links.items() if link.given is None}
         config: Any = dataclasses.replace(step.config, **made)
-        asks = "code" in field_types(type(config)) and config.code is None and bool(self._config.code)
+        asks = "code" in field_types(type(config)) and not config.code and bool(self._config.code)
         asks = asks and (step.command != "distill" or config.live)  # a student of a cache runs no teacher
-        if asks and (step.command != "verify" or config.teacher is not None):
+        if asks and field_types(type(config))["code"][2]:  # it may ask several teachers, of which it runs only those that are named
+            config = dataclasses.replace(config, code=self._config.code if step.command != "verify" or config.teacher is not None else ())
+        elif asks:
             folder = getattr(config, {"evaluate": "model", "distill": "live"}.get(step.command, "teacher"))
             with quiet():
                 folder = folder or _workspace.one(None, _workspace.TEACHERS, "--teacher")

@@ -45,8 +45,11 @@ class TeacherConfig(TrainingConfig):
     model: str = option("resnet20", help="resnet8|14|20|32|44|56|110, a torchvision classifier, timm/NAME, or package.module:function.")
     record: str | None = option(None, help="Also record every sample's logits in every epoch, 2 bytes each: for tdds.", choices=("logits",))
     weights: Path | None = option(None, help="Adopt these weights (.safetensors, or .pth with weights only); with --epochs 0.")
-    mean: tuple[float, ...] = option((), help="Mean of the input channels, in [0, 1] (three times); default the data's.", least=0, most=1)
-    std: tuple[float, ...] = option((), help="Standard deviation of the input channels (three times); default the data's.", least=0)
+    weights_key: str | None = option(None, help="Under which key the weights stand in a checkpoint that holds several sets of them.")
+    mean: tuple[float, ...] = option(
+        (), help="Mean of the inputs, in [0, 1], as the weights were trained; default the data's.", least=0, most=1, values="RED GREEN BLUE"
+    )
+    std: tuple[float, ...] = option((), help="Their standard deviation, likewise; default the data's.", least=0, values="RED GREEN BLUE")
 
 
 def run(config: TeacherConfig) -> Outcome:
@@ -60,6 +63,8 @@ def run(config: TeacherConfig) -> Outcome:
         raise UsageError("--init starts a training and --weights adopts its end: give one of the two")
     if config.weights is not None and not config.weights.is_file():
         raise UsageError(f"--weights {config.weights} does not exist: give a .safetensors or .pth file")
+    if config.weights is None and config.weights_key is not None:
+        raise UsageError(f"--weights-key {config.weights_key} chooses in the file of --weights, and none is given: leave it out")
     data = Dataset.open(_workspace.data(config.data, "train", option="--data"))
     val = _workspace.optional_data(config.val, "val")
     setup = _setup(config, data)
@@ -78,9 +83,10 @@ def run(config: TeacherConfig) -> Outcome:
     keep = _keep(config, setup)
     settings |= {"role": "teacher", "keep_epochs": keep, "weights": sha256_file(config.weights) if config.weights else None}
     settings |= {"record": config.record} if config.record else {}
+    settings |= {"weights_key": config.weights_key} if config.weights_key else {}
     place = _preview.Place(folder, Identity("model", name, settings, _training.inputs(data, val=val)), config.overwrite)
     # Before the folder is touched: it may be about to replace what these weights lie in.
-    net = _training.begin_from(_teaching.network(setup, config.model), init or config.weights)
+    net = _begun(config, _teaching.network(setup, config.model), init)
     if config.dry_run:
         return _estimate_only(config, setup, net, place, val)
     board = None if config.tensorboard is None else Board(config.tensorboard, name, folder)
@@ -108,13 +114,27 @@ def _setup(config: TeacherConfig, data: Dataset) -> Setup:
     return Setup(data, images, architecture, _normalisation(config, images), policy, config.to_recipe(), device, config.jobs)
 
 
+def _begun(config: TeacherConfig, net: nn.Module, init: Path | None) -> nn.Module:
+    """The network with the weights that it begins, or ends, with."""
+    if config.weights is None:
+        return _training.begin_from(net, init)
+    from kdprune_data.learn.weights import load_weights
+
+    load_weights(net, config.weights, key=config.weights_key)
+    return net
+
+
 def _normalisation(config: TeacherConfig, images: Images) -> Normalisation:
     from kdprune_data.learn.views import Normalisation
 
     if not config.mean and not config.std:
-        return _training.normalisation(images, config.jobs)
-    if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
-        raise UsageError("--mean and --std go together, each three times (red, green, blue), --std above 0")
+        found = _training.normalisation(images, config.jobs)
+        if config.weights is not None:
+            mean, std = (" ".join(f"{value:.4f}" for value in each) for each in (found.mean, found.std))
+            say(f"inputs are normalised as the data are: give the weights' own, if others (now --mean {mean} --std {std})")
+        return found
+    if not config.mean or not config.std or min(config.std) <= 0:
+        raise UsageError("--mean and --std go together, each as red, green and blue, --std above 0")
     (mr, mg, mb), (sr, sg, sb) = config.mean, config.std
     return Normalisation((mr, mg, mb), (sr, sg, sb))
 

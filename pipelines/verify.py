@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,19 @@ class VerifyConfig(Config):
 
     artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores, logit cache or export.", argument=True)
     teacher: Path | None = option(None, help="Of a logit cache: the folder of its teacher, which is asked again about some soft labels.")
+    ensemble: tuple[Path, ...] = option((), help="Another of its teachers (several times), where it holds what several say together.")
     sample: int = option(256, help="How many soft labels the teacher is asked about.", least=1, most=1_000_000)
     data: Path | None = option(None, help="The images to show the teacher; default the data set of the cache, in data/ or subsets/.")
     seed: int = option(0, help="Seed of the choice of soft labels.", least=0)
-    code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
+    code: tuple[str, ...] = option((), help="package.module:function, when a teacher is your own function; may be given several times.")
     device: str = option("auto", help="Where the teacher computes.", choices=("auto", "cpu", "cuda", "mps"))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A logit cache's teacher, and images that it can be asked about."""
+    """A logit cache's teachers, and images that they can be asked about."""
 
-    saved: Saved
+    saved: Sequence[Saved]
     data: Dataset
 
 
@@ -68,7 +69,8 @@ def run(config: VerifyConfig) -> Outcome:
         agreement = None if asked is None or damaged else _agreement(config, asked, faults)
     facts: dict[str, Any] = {"folder": str(config.artefact), "ok": not faults, "faults": [str(f) for f in faults]}
     if agreement is not None:
-        facts["asked"] = {"teacher": str(config.teacher), "seed": config.seed} | agreement.facts()
+        ensemble = {"ensemble": [str(folder) for folder in config.ensemble]} if config.ensemble else {}
+        facts["asked"] = {"teacher": str(config.teacher), "seed": config.seed} | ensemble | agreement.facts()
     if not faults and manifest is not None:
         return Outcome(config.artefact, facts, _whole(config, manifest, agreement))
     more = [f"and {len(faults) - SHOWN:,} more (all with --json)"] if len(faults) > SHOWN else []
@@ -107,7 +109,10 @@ def _whole(config: VerifyConfig, manifest: Manifest, agreement: _recheck.Agreeme
     if manifest.kind in ("dataset", "subset") and not root_config(manifest.as_input("data")).get("digests", True):
         text += "; indexed without digests: an image that was replaced by another of its size is not noticed"
     if agreement is not None:
-        text += f"; {count(agreement.pairs, 'soft label')} asked of {config.teacher} again: {agreement.text}"
+        whose = _recheck.together_named([config.teacher, *config.ensemble])
+        text += f"; {count(agreement.pairs, 'soft label')} asked of {whose} again: {agreement.text}"
+    elif manifest.config.get("ensemble") is not None:
+        text += "; its teachers were not asked: --teacher DIR and --ensemble DIR ask them again about some soft labels"
     elif manifest.kind == "logits":
         text += "; its teacher was not asked: --teacher DIR asks it again about some soft labels"
     return text
@@ -125,26 +130,23 @@ def _asked(config: VerifyConfig, manifest: Manifest) -> Asked | None:
         if given:
             raise UsageError(f"--{given[0]} is for asking a teacher, and none is given: add --teacher DIR, or leave it out")
         return None
-    saved = open_model(config.teacher)
-    _recheck.check_asked(config.artefact, manifest, saved)
+    saved = _recheck.check_asked(config.artefact, manifest, [open_model(folder) for folder in (config.teacher, *config.ensemble)])
     data = Dataset.open(config.data or _recheck.data_of(config.artefact, manifest))
-    for classes, whose in ((manifest.classes, config.artefact), (saved.manifest.classes, saved.folder)):
+    for classes, whose in ((manifest.classes, config.artefact), *((one.manifest.classes, one.folder) for one in saved)):
         data.same_classes(classes, str(whose))
     return Asked(saved, data)
 
 
 def _agreement(config: VerifyConfig, asked: Asked, faults: list[Fault]) -> _recheck.Agreement | None:
     """Ask the teacher again; a fault is added where it says something else. None where other faults leave nothing to ask about."""
-    from kdprune_data.learn.inference import Predictor, choose_device
+    from kdprune_data.learn.inference import choose_device
     from kdprune_data.learn.stream import Images
 
-    saved, device = asked.saved, choose_device(config.device)
-    net = saved.load(code=config.code)
+    device = choose_device(config.device)
+    nets = [one.load(code=config.code) for one in asked.saved]
     try:
         cache = LogitCache.open(config.artefact)
-        witness = _recheck.Witness(
-            cache.join(asked.data), Images(asked.data), saved, Predictor(net, saved.normalisation, int(cache.policy["size"]), device)
-        )
+        witness = _recheck.witness_of(cache.join(asked.data), Images(asked.data), asked.saved, nets=nets, device=device)
         total = min(config.sample, len(asked.data.usable()) * cache.views)
         with bar("ask the teacher", total=total, unit="soft label") as progress:
             found = _recheck.recheck(witness, views=cache.views, sample=total, seed=config.seed, tick=progress.update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,56 @@ def test_methods(chain: Path) -> None:
     assert [row.split("|")[1].strip() for row in rows] == ["random", "herding"]
 
 
+def test_soft_label_codes(chain: Path, tmp_path: Path) -> None:
+    """As tables and as JSON, which agree: every kind of logits, every number of views, what was tried, files and times."""
+    teacher = next((chain / "teachers").iterdir())
+    options = ("--samples", 60, "--views", 3, "--synthetic", 20, "--threads", 1, "--out", tmp_path / "results.json")
+    text = ran("soft_label_codes.py", "--data", chain / "data" / "train", "--teacher", teacher, *options)
+    made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert made["machine"]["samples"] == 60
+    titles = [line.strip("*") for line in text.splitlines() if line.startswith("**")]
+    assert titles == list(made["tables"])
+    assert len(made["tables"]["logits"]) == 3
+    assert text.count("| coded (kept) |") == 4 * 3 + 2
+    assert {row["fidelity"] for row in made["tables"]["number of views"]} == {1e-2}
+    float32 = next(row for rows in made["tables"].values() for row in rows if row.get("code") == "float32")
+    assert float32["view, bytes"] == 40
+    assert float32["KL at 1"] == pytest.approx(0, abs=1e-9)
+
+
 def test_no_script_hides_a_module() -> None:
     """A script's folder is the first that Python looks in: one called `selectors.py` would stand in the place of the library's."""
     assert {path.stem for path in ROOT.glob("*.py")} & sys.stdlib_module_names == set()
+
+
+def test_soft_label_views(chain: Path, tmp_path: Path) -> None:
+    """Three arms of the study, one epoch each; what is there already is not made again."""
+    shutil.copytree(chain / "data/train", tmp_path / "data/train")
+    shutil.copytree(chain / "data/test", tmp_path / "data/test")
+    shutil.copytree(chain / "teachers", tmp_path / "teachers")
+    teacher = next((tmp_path / "teachers").iterdir())
+    options = [
+        "--teacher",
+        teacher,
+        "--val",
+        chain / "data/val",
+        "--frac",
+        "0.5",
+        "--epochs",
+        1,
+        "--seeds",
+        0,
+        "--threads",
+        1,
+        "--arms",
+        3,
+        "--json",
+    ]
+    command = [sys.executable, str(ROOT / "soft_label_views.py"), *map(str, options)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)["rows"]
+        assert [row["seeds"] for row in rows] == [1] * 3
+        assert all(0 <= float(row["test"]) <= 100 for row in rows)
+    assert len(list((tmp_path / "students").iterdir())) == 3

@@ -317,12 +317,13 @@ def test_logits(chain: Path) -> None:
     told = re.search(r"The manifest's `config` holds ([^;]+); `counts` holds ([^.]+)\.", PAGE)
     assert told is not None
     assert (made["config"].keys(), made["counts"].keys()) == (set(SPAN.findall(told[1])), set(SPAN.findall(told[2])))
-    keys = set(SPAN.findall(PAGE[PAGE.index("Schema metadata, all text:") :].split("\n\n")[0])) - {"1", "id NUL image-sha256 NUL label LF"}
+    told_of = PAGE[PAGE.index("**Schema metadata** of every view file, all text:") :].split("\n\n")[0]
+    keys = set(SPAN.findall(told_of)) - {"1", "id NUL image-sha256 NUL label LF"}
     for path in sorted(folder.glob("views-*/*.arrow")):
         kept = rows(folder / "rows" / f"{path.stem}.parquet")
         metadata = {k.decode(): v.decode() for k, v in pa.ipc.open_file(path).schema.metadata.items()}
         assert metadata.keys() <= keys
-        assert metadata.keys() == {"format", "rows", "teacher", "policy", "normalisation", "views", "top1_correct", "kl"}
+        assert metadata.keys() == {"format", "rows", "teacher", "policy", "normalisation", "classes", "views", "top1_correct", "kl"}
         assert metadata["rows"] == sha(b"".join(f"{row['id']}\0{row['sha256'].hex()}\n".encode() for row in kept))
         assert metadata["teacher"] == manifest(only(chain / "teachers"))["digest"]
         assert json.loads(metadata["policy"]) == made["config"]["policy"]

@@ -192,6 +192,12 @@ class Dataset:
     def same_classes(self, other: Sequence[str], whose: str) -> None:
         """Raise MismatchError unless the classes are those of another artefact."""
         if list(self.classes) != list(other):
+            if sorted(self.classes) == sorted(other):
+                n, (ours, theirs) = next((n, both) for n, both in enumerate(zip(self.classes, other, strict=True)) if both[0] != both[1])
+                raise MismatchError(
+                    f"{self.folder} has the classes of {whose} in another order (class {n} is {ours!r}, there {theirs!r}): "
+                    "use data with the same classes in the same order"
+                )
             raise MismatchError(
                 f"{self.folder} has {len(self.classes)} classes ({', '.join(self.classes[:3])}, ...), {whose} {len(other)} "
                 f"({', '.join(other[:3])}, ...): use data with the same classes in the same order"

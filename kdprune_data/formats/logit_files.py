@@ -295,7 +295,7 @@ BOX_TYPES = (pa.int8(), pa.int16(), pa.int32())
 
 
 def read_codebook(path: Path) -> tuple[Codebook, dict[str, Any]]:
-    """A codebook, and its facts: `temperatures`, `fidelity`, `kl`. Raises FormatError."""
+    """A codebook, and its facts: `temperatures`, `fidelity`, `kl`, `rounding`. Raises FormatError."""
     reader = table.ipc_open(path)
     try:
         metadata = metadata_of(reader)
@@ -306,7 +306,7 @@ def read_codebook(path: Path) -> tuple[Codebook, dict[str, Any]]:
         book = Codebook(vectors, float(metadata["step"]), int(metadata["multiple"]))
         if book.directions < 1 or not (0 < book.step < np.inf and 1 <= book.multiple <= 128):
             raise ValueError(book.step)
-        return book, {key: json.loads(metadata[key]) for key in ("temperatures", "fidelity", "kl")}
+        return book, {key: json.loads(metadata[key]) for key in ("temperatures", "fidelity", "kl", "rounding")}
     except BROKEN as error:
         raise FormatError(f"{path} is no codebook as its format says ({type(error).__name__}): make or fetch the cache again") from None
 

@@ -188,7 +188,7 @@ class LogitCache:
     def kl(self) -> dict[str, float]:
         """Mean KL(full || stored) by temperature over all views, as measured when they were made; of a coded cache without the samples
         that the code was learned from."""
-        parts = []
+        parts: list[tuple[dict[str, float], int]] = []
         for first, last, shard in self.parts:
             path = self.folder / view_path(first, last, shard)
             try:

@@ -1,16 +1,14 @@
 """The coded form of logits: whole numbers along a few directions that all samples share. `docs/formats.md`, "Logits".
 
 1. `fit` learns from a probe the mean of the logits and their principal directions, mostly of what views of one sample differ in.
-2. `coarsest` looks for the largest step with which other samples' logits keep within a bound of KL divergence.
-3. A `Codebook` turns logits into whole numbers, `base` once a sample and `residual` for each view, and back into the same float32 on
-   any machine.
+2. A `Codebook` turns logits into whole numbers, `base` once a sample and `residual` for each view, and back into the same float32 on
+   any machine. `kdprune_data.formats.rounding` chooses its step, and the numbers.
 
 Why not the largest few logits, the field's habit: their tail is what distillation is about, and a sample's views share nearly all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,12 +20,12 @@ from kdprune_data.errors import KdpruneError
 UNIT = 1024
 """Directions are unit vectors in whole numbers of this many parts; the mean is in such parts of a step."""
 DEAD_ZONE = 0.6
-"""Residuals are rounded down below this: at equal KL it takes about 7 % fewer bytes than rounding to the nearest."""
+"""Residuals that are rounded each by itself are rounded down below this: at equal KL it takes about 7 % fewer bytes than 0.5."""
 MOST_DIRECTIONS = 512
+LARGEST = 127
+"""What a residual reaches."""
 EXACT = 2**24
 """Whole numbers below this are exact in float32, and so are their sums, in whatever order."""
-FINEST, HALVINGS = 16, 8
-"""How many times the step is halved to find one that is fine enough, and then the interval in which the largest lies."""
 FIT_VECTORS = 8192
 """Directions are learned from this many vectors at most."""
 
@@ -56,6 +54,14 @@ class Codebook:
 
     def decode(self, base: NDArray[np.int16], residual: NDArray[np.int8]) -> NDArray[np.float32]:
         """Logits less their largest: float32 of shape (n, c). base, residual: of shape (n, k)."""
+        whole = self.whole(base, residual)
+        whole -= whole.max(1, keepdims=True)
+        found = whole.astype(np.float32, copy=False)
+        found *= np.float32(self.step / UNIT)
+        return found
+
+    def whole(self, base: NDArray[np.int16], residual: NDArray[np.int8]) -> NDArray[np.floating]:
+        """Logits in parts of a step, whole numbers in float32 or float64, exactly: of shape (n, c). base, residual: of shape (n, k)."""
         most = max(int(base.max(initial=0)), -int(base.min(initial=0))) + 128 * self.multiple
         kind: type[np.floating] = np.float32 if most * self._reach[1] + self._reach[0] < EXACT else np.float64
         vectors = self._vectors32 if kind is np.float32 else self._vectors64
@@ -64,10 +70,7 @@ class Codebook:
         number += base
         whole: NDArray[np.floating] = number @ vectors[1:]
         whole += vectors[0]
-        whole -= whole.max(1, keepdims=True)
-        found = whole.astype(np.float32, copy=False)
-        found *= np.float32(self.step / UNIT)
-        return found
+        return whole
 
     @cached_property
     def _reach(self) -> tuple[int, int]:
@@ -88,15 +91,20 @@ class Codebook:
         return np.asarray(np.clip(np.rint(self._coordinates(mean)), -32767, 32767), np.int16)
 
     def residual_of(self, logits: NDArray[np.floating], base: NDArray[np.int16]) -> NDArray[np.int8]:
-        """What a view adds to the base: int8 of shape (n, k). logits: of shape (n, c)."""
+        """What a view adds to the base, each number rounded by itself: int8 of shape (n, k). logits: of shape (n, c)."""
         apart = (self._coordinates(logits) - base) / self.multiple
         whole = np.floor(np.abs(apart) + (1 - DEAD_ZONE)) * np.sign(apart)
-        return np.asarray(np.clip(whole, -127, 127), np.int8)
+        return np.asarray(np.clip(whole, -LARGEST, LARGEST), np.int8)
 
     def _coordinates(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
         """Along the directions, in units of the base: float64 of shape (n, k)."""
         centred = centre(logits) / self.step - self.vectors[0] / UNIT
-        return np.asarray(centred @ np.linalg.pinv(self.vectors[1:] / UNIT))
+        return np.asarray(centred @ self._back)
+
+    @cached_property
+    def _back(self) -> NDArray[np.float64]:
+        """From logits to what they are along the directions. With 1,000 classes it takes as long to make as thousands of rows to round."""
+        return np.asarray(np.linalg.pinv(self.vectors[1:] / UNIT))
 
 
 @dataclass(frozen=True)
@@ -151,57 +159,6 @@ def _principal(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     kept = np.flatnonzero(values > 1e-12 * max(values[-1], 1e-300))[::-1][:MOST_DIRECTIONS]
     found = (left[:, kept] / np.sqrt(values[kept])).T @ vectors
     return np.asarray(found if len(kept) else np.eye(1, c))
-
-
-def coarsest(
-    space: Space, logits: NDArray[np.float32], *, multiple: int, bound: float, temperatures: Sequence[float]
-) -> tuple[Codebook, dict[float, float]]:
-    """The codebook of the largest step with which mean KL(full || stored) is within the bound at every temperature, and these KLs.
-
-    logits: float32 of shape (v, n, c), of other samples than the space was learned from. Raises KdpruneError where no step does it.
-    """
-    measure = _measure(space, logits, multiple, temperatures)
-    high = float(max(space.spread.max(), 1e-3)) * 4
-    least = (np.inf, 0.0, 0.0)
-    for _ in range(FINEST):  # not from the finest up: there whole numbers overflow, and KL grows again
-        low = _short(high / 2)
-        best = measure(low)
-        worst = max((kl, tau) for tau, kl in best[1].items())
-        if worst[0] <= bound:
-            break
-        least, high = min(least, (*worst, low)), low
-    else:
-        kl, tau, _ = least
-        raise KdpruneError(
-            f"no code keeps KL within {bound:g} at temperature {tau:g} (the best has {kl:.3g}): leave out --fidelity, or raise it"
-        )
-    for _ in range(HALVINGS):
-        middle = _short(np.sqrt(low * high))
-        found = measure(middle)
-        if max(found[1].values()) <= bound:
-            best, low = found, middle
-        else:
-            high = middle
-    return best
-
-
-def _short(step: float) -> float:
-    """Few digits: a step stands in the file as text."""
-    return float(f"{step:.6g}")
-
-
-def _measure(
-    space: Space, logits: NDArray[np.float32], multiple: int, temperatures: Sequence[float]
-) -> Callable[[float], tuple[Codebook, dict[float, float]]]:
-    own = centre(logits).mean(0)
-
-    def measure(step: float) -> tuple[Codebook, dict[float, float]]:
-        book = space.codebook(step, multiple)
-        base = book.base_of(own)
-        again = np.stack([book.decode(base, book.residual_of(view, base)) for view in logits])
-        return book, {tau: mean_kl(logits, again, tau) for tau in temperatures}
-
-    return measure
 
 
 def mean_kl(full: NDArray[np.floating], stored: NDArray[np.floating], temperature: float) -> float:

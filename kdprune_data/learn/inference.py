@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,15 @@ class Predictor:
     normalisation: Normalisation
     size: int
     device: torch.device
+
+
+def together(each: Sequence[Tensor], temperature: float | None) -> Tensor:
+    """What several networks say together, of their logits of shape (n, c) each: tau log(mean p), float32 of shape (n, c), p being their
+    softmax at temperature tau, so that its own softmax at tau is the mean. Of one network, without a temperature, its logits."""
+    if temperature is None:
+        return each[0]
+    logs = torch.stack([torch.log_softmax(z.double() / temperature, 1) for z in each])
+    return (temperature * (torch.logsumexp(logs, 0) - math.log(len(each)))).float()
 
 
 def labelled(images: Images) -> NDArray[np.int64]:

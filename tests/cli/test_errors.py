@@ -144,7 +144,7 @@ FULL: list[tuple[list[str], str]] = [
     (["teacher", "--model", "resnet8", "--size", "0"], "--size 0 is too small"),
     (["teacher", "--model", "vit_b_16"], "cannot read images of 8 pixels"),
     (["teacher", "--model", "nowhere_at_all:tiny", "--steps", "1"], "your own function 'nowhere_at_all:tiny' failed: ModuleNotFoundError"),
-    (["teacher", "--model", "resnet8", "--mean", "0.5"], "--mean and --std go together"),
+    (["teacher", "--model", "resnet8", "--mean", "0.5", "0.5", "0.5"], "--mean and --std go together"),
     (["teacher", "--model", "resnet8", "--epochs", "2", "--keep-epochs", "3"], "--keep-epochs 3 is after the end: training has 2 epochs"),
     (["teacher", "--model", "resnet8", "--epochs", "2", "--out", "a", "--name", "b"], "--out and --name were both given"),
     (["teacher", "--data", "teachers/resnet8-s0"], "is of kind model: expected dataset or subset"),

@@ -282,13 +282,21 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [[str(n) for n in range(9)], [str(n) for n in range(9, -1, -1)], []],
+    [[str(n) for n in range(9)], [str(n) for n in range(10, 0, -1)], []],
 )
 def test_other_classes_are_refused(digits: Path, wrong: list[str]) -> None:
     read = Dataset.open(digits / "data" / "val")
     read.same_classes(list("0123456789"), "the teacher")
     with pytest.raises(MismatchError, match=r"has 10 classes .*: use data with the same classes in the same order$"):
         read.same_classes(wrong, "the teacher has")
+
+
+def test_another_order_of_the_classes_is_named(digits: Path) -> None:
+    read = Dataset.open(digits / "data" / "val")
+    with pytest.raises(
+        MismatchError, match=r"has the classes of it in another order \(class 8 is '8', there '9'\): use data with the same"
+    ):
+        read.same_classes(list("0123456798"), "it")
 
 
 # --- Parquet

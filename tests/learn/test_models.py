@@ -318,7 +318,7 @@ def test_a_prefix_that_the_model_has_too_stays(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("other", "messages"),
     [
-        ({"classes": 7}, ["tells 7 classes apart and this model 5: use weights of the same classes"]),
+        ({"classes": 7}, ["tells 7 classes apart and this model 5: use weights of the same classes, or train on from these"]),
         ({"norm": "group"}, ["missing 'bn1.running_mean', 'bn1.running_var', 'layer1.0.bn1.running_mean' and 11 more"]),
         ({"name": "resnet14"}, ["unexpected 'layer1.1.bn1.num_batches_tracked'", "and 33 more"]),
     ],
@@ -331,7 +331,7 @@ def test_another_models_weights_are_refused_whole_in_one_line(tmp_path, other: d
         load_weights(model, path)
     text = str(caught.value)
     assert "\n" not in text
-    assert text.endswith("use weights of the same classes" if "classes" in other else "check --model and --norm")
+    assert text.endswith("--init in the place of --weights" if "classes" in other else "check --model and --norm")
     assert all(message in text for message in messages), text
     assert same(model, made("resnet8"))
 

@@ -276,8 +276,11 @@ def test_validation_data_of_other_classes_is_refused(workspace: Path, kdprune: C
         (["--lr", "nan"], 2, "--lr"),
         (["--lr", "inf"], 2, "--lr"),
         (["--weight-decay", "nan"], 2, "--weight-decay"),
-        (["--mean", "0.5", "--std", "nan"], 2, "--std"),
-        (["--mean", "0.5"], 2, "--mean and --std go together"),
+        (["--mean", "0.5", "0.5", "0.5", "--std", "nan", "1", "1"], 2, "--std"),
+        (["--mean", "0.5", "0.5", "0.5"], 2, "--mean and --std go together"),
+        (["--mean", "0.5", "0.5", "0.5", "--std", "0", "1", "1"], 2, "--std above 0"),
+        (["--mean", "0.5"], 2, "requires 3 arguments"),
+        (["--weights-key", "ema"], 2, "--weights-key ema chooses in the file of --weights, and none is given: leave it out"),
         (["--epochs", "0"], 2, "--epochs 0 adopts a teacher"),
         (["--keep-epochs", "9"], 2, "--keep-epochs 9 is after the end"),
         (["--data", "nowhere"], 2, "nowhere does not exist"),
@@ -488,11 +491,6 @@ def test_init_starts_from_given_weights(chain: Path, workspace: Path, kdprune: C
         (["--init", "nowhere"], 2, "--init nowhere does not exist: give the folder of a model, or a file of weights"),
         (["--init", "data/train"], 2, "is of kind dataset: expected model"),
         (["--init", "data"], 2, "expected a finished model"),
-        (
-            ["--init", "seven.safetensors"],
-            1,
-            "seven.safetensors tells 7 classes apart and this model 10: use weights of the same classes",
-        ),
         (["--init", "seven.safetensors", "--model", "resnet14"], 1, "does not fit this model"),
         (["--init", "seven.safetensors", "--weights", "seven.safetensors", "--epochs", "0"], 2, "give one of the two"),
         (["--init", "data/train/manifest.json"], 1, "cannot be read"),
@@ -503,6 +501,20 @@ def test_weights_that_cannot_be_started_from(workspace: Path, kdprune: Cli, chan
     ran = kdprune(*instead(LINE, change), cwd=workspace)
     assert (ran.code, said in ran.err) == (code, True), ran.err
     assert not (workspace / "teachers").exists()
+
+
+def test_init_of_other_classes_gives_all_but_the_last_layer(workspace: Path, kdprune: Cli) -> None:
+    """As good as untrained, as above; the last layer is the one that the teacher would have begun with."""
+    given = models.build(models.resolve("resnet8", classes=7, size=8), seed=5).state_dict()
+    save_file(given, workspace / "seven.safetensors")
+    still = ["teacher", "--model", "resnet8", "--steps", 1, "--batch", 16, "--lr", 0]
+    ran = kdprune(*still, "--init", "seven.safetensors", "--name", "on", cwd=workspace)
+    assert ran.code == 0, ran.err
+    assert "seven.safetensors tells 7 classes apart: its last layer is left out, and a fresh one is trained" in ran.err
+    assert kdprune(*still, "--name", "fresh", cwd=workspace).code == 0
+    on, fresh = (load_file(workspace / f"teachers/{name}/model.safetensors") for name in ("on", "fresh"))
+    kept = [k for k in on if "running" not in k and "tracked" not in k]
+    assert all(torch.equal(on[k], (fresh if k.startswith("linear") else given)[k]) for k in kept)
 
 
 # --- the rest of the recipe
