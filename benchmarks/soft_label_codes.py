@@ -156,11 +156,12 @@ def logits(asked: argparse.Namespace, saved: Saved) -> list[Said]:
 def tables(sets: Sequence[Said], counts: Sequence[int], *, cpu: bool) -> Iterator[tuple[str, Rows]]:
     """All tables, by name, as they are done. sets: the teacher's own logits first; counts: of views."""
     yield "logits", [{"logits": said.name, "measured": said.other.full.shape[1]} | facts(said.other) for said in sets]
-    yield "number of views", by_views(sets[0])
     for views in counts:
         yield f"codes, {sets[0].name}, {views} views", compared(sets[0], views)
-        yield f"tried, {sets[0].name}, {views} views", tried(sets[0], views)
+    yield "number of views", by_views(sets[0])
     yield "files and times", [{"logits": said.name} | real(said, counts[0], cpu=cpu) for said in sets]
+    for views in counts:
+        yield f"tried, {sets[0].name}, {views} views", tried(sets[0], views)
     for said in sets[1:]:
         for views in counts:
             yield f"codes, {said.name}, {views} views", compared(said, views)

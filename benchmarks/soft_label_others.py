@@ -87,10 +87,14 @@ def residuals(part: Part, steps: Callable[[Array], Array], *, ranked: bool = Fal
     order = np.argsort(step, axis=1, kind="stable")
 
     def view(full: NDArray[np.float32]) -> tuple[list[Array], Callable[[float], Array]]:
-        apart = np.rint((lowrank.centre(full) - own) / step)
-        whole = apart.astype(np.int8 if np.abs(apart).max() <= 127 else np.int32)
+        whole = np.rint((lowrank.centre(full) - own) / step)
         again = own + whole * step
-        return [np.take_along_axis(whole, order, 1).T if ranked else whole.T], lambda tau: again
+        if ranked:
+            whole = np.take_along_axis(whole, order, 1)
+        # What a byte does not hold is kept beside the bytes: its place and its value.
+        beyond = np.flatnonzero(np.abs(whole) > 127)
+        kept = [np.clip(whole, -127, 127).astype(np.int8).T, beyond.astype(np.int32), whole.ravel()[beyond].astype(np.int16)]
+        return kept, lambda tau: again
 
     return Coded([mean.T], map(view, part.full))
 

@@ -75,7 +75,7 @@ Stepped = Callable[[float, Part], Coded]
 def packed(arrays: Sequence[Array], level: int = ZSTD_LEVEL, codec: str = "zstd") -> int:
     """Bytes of arrays, each compressed by itself as a buffer of an Arrow file is."""
     made = pa.Codec(codec, compression_level=level)
-    return sum(len(made.compress(np.ascontiguousarray(one))) for one in arrays)
+    return sum(len(made.compress(np.ascontiguousarray(one))) for one in arrays if one.size)
 
 
 def geometry(said: Said) -> float:
