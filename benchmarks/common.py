@@ -9,10 +9,12 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,9 @@ def parser(about: str) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     made = argparse.ArgumentParser(description=about)
     made.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
+    made.add_argument(
+        "--out", type=Path, help="Write the JSON to this file too (those in benchmarks/results/ are shown in docs/benchmarks.md)."
+    )
     made.add_argument("--threads", type=int, default=2, help="Threads of torch.")
     made.add_argument("--cpu", action="store_true", help="Count the processor's time, not the clock's: for a machine that does other work.")
     return made
@@ -94,6 +99,38 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def one_core(asked: argparse.Namespace) -> None:
+    """From here on this process runs on one core and torch in one thread: for rows that say so."""
+    asked.threads = 1
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def drop(path: Path) -> None:
+    """Remove a file or a folder that a timed loop writes, and let the system finish writing what is waiting."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    os.sync()
+
+
+def measured(asked: argparse.Namespace, packages: Sequence[str], **more: Any) -> dict[str, Any]:
+    """What the numbers of a comparison with others were measured on: hardware, versions (of the packages named too), commit, and more."""
+    about = machine(asked.threads) | {name: version(name) for name in packages}
+    return about | {"time": "processor" if asked.cpu else "clock", "commit": commit()} | more
+
+
+def report(asked: argparse.Namespace, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """Show the rows as they were asked for, and write them to a file where one was named.
+
+    Where a row has a goal, its cell `goal` says what its ratio is to be, in words that need no other.
+    """
+    show(rows, about, as_json=asked.json)
+    if asked.out is not None:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps({"machine": dict(about), "rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
+
+
 def commit() -> str | None:
     """The commit of the checkout that these scripts stand in, with `+` where files differ from it; None where there is none."""
 
@@ -125,11 +162,13 @@ def show(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], *, as_json
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows as a markdown table."""
+    print("\n".join(lines(rows)))
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows as the lines of a markdown table."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print(_line(names))
-    print(_line("---" for _ in names))
-    for row in rows:
-        print(_line(_text(row.get(name)) for name in names))
+    return [_line(names), _line("---" for _ in names), *(_line(_text(row.get(name)) for name in names) for row in rows)]
 
 
 def _line(cells: Iterable[str]) -> str:

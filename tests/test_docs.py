@@ -321,3 +321,11 @@ def test_one_version() -> None:
     assert cited is not None
     assert cited[1] == kdprune_data.__version__
     assert re.search(rf"^## (Unreleased|{re.escape(kdprune_data.__version__)})", TEXTS["CHANGELOG.md"], re.M)
+
+
+def test_the_page_of_benchmarks_is_up_to_date() -> None:
+    """docs/benchmarks.md shows the files in benchmarks/results/, each of them: run docs/make_benchmarks.py when one changes."""
+    script = runpy.run_path(str(ROOT / "docs" / "make_benchmarks.py"))
+    assert TEXTS.get("docs/benchmarks.md", "").splitlines() == script["page"]().splitlines()
+    shown = {found["name"] for found in script["TABLE"].finditer(TEXTS.get("docs/benchmarks.md", ""))}
+    assert shown == {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")}
