@@ -56,7 +56,7 @@ def check_end(buffer: Buffer, at: int, name: str) -> None:
     """Raise SourceError when anything but zeros follows the end mark at a byte: readers would differ on whether that is there."""
     step = 1 << 20
     for start in range(at, len(buffer), step):
-        if any(bytes(buffer[start : start + step])):
+        if bytes(buffer[start : start + step]).strip(b"\0"):
             raise SourceError(
                 f"{name} goes on after its end mark at byte {at:,}, as tars put behind one another do: what follows would not be read; "
                 f"unpack it (tar --ignore-zeros) and pack it again"
@@ -141,12 +141,12 @@ def check_sums(buffer: Buffer, headers: Sequence[int], name: str) -> None:
         heads = np.frombuffer(b"".join(buffer[at : at + BLOCK] for at in starts), np.uint8).reshape(-1, BLOCK)
         sums = heads.sum(1, dtype=np.int64) - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
         for at, head, total in zip(starts, heads[:, 148:156], sums, strict=True):
-            if not _states(head.tobytes(), total):
+            if not states(head.tobytes(), total):
                 what = "damaged" if at else "not a tar, or damaged"
                 raise SourceError(f"{name} is {what}: the header at byte {at:,} fails its checksum; fetch it again")
 
 
-def _states(field: bytes, total: int) -> bool:
+def states(field: bytes, total: int) -> bool:
     try:
         return _octal(field) == total
     except ValueError:
