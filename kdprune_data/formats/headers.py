@@ -1,6 +1,6 @@
 """The headers of a tar, USTAR's, PAX's and GNU's: numbers, names, checksums, and every way in which a file is not a tar to be read.
 
-`tar.scan` walks; what it meets is read and judged here. Sources: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), the GNU tar manual.
+`tar.walk` walks; what it meets is read and judged here. Sources: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), the GNU tar manual.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ def check_sums(buffer: Buffer, headers: Sequence[int], name: str) -> None:
 
 
 def states(field: bytes, total: int) -> bool:
+    """Whether a checksum field writes a total."""
     try:
         return _octal(field) == total
     except ValueError:
