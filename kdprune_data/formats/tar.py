@@ -16,6 +16,7 @@ from kdprune_data.errors import SourceError
 from kdprune_data.formats import headers, plain
 from kdprune_data.formats.headers import BLOCK as BLOCK  # where others look for it
 from kdprune_data.formats.headers import Buffer as Buffer
+from kdprune_data.formats.plain import Files
 
 END = bytes(2 * BLOCK)
 MOST_BYTES = 8**11 - 1
@@ -90,13 +91,20 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
     return list(_members(buffer, name))
 
 
-def _members(buffer: Buffer, name: str) -> Iterable[Member]:
-    """See `scan`; all is checked before the first one is yielded."""
+def files(buffer: Buffer, name: str) -> Files | None:
+    """`scan` of a plain tar, a column each; None for what is left to `walk`. Raises SourceError as `scan` does, where it is not left."""
     headers.check_tar(buffer, name)
     found = plain.files(buffer)
+    if found is not None:
+        headers.check_end(buffer, found.end, name)
+    return found
+
+
+def _members(buffer: Buffer, name: str) -> Iterable[Member]:
+    """See `scan`; all is checked before the first one is yielded."""
+    found = files(buffer, name)
     if found is None:
         return walk(buffer, name)
-    headers.check_end(buffer, found.end, name)
     return map(Member._make, zip(found.names, *(column.tolist() for column in found[1:4]), strict=True))
 
 

@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 def windows(buffer: Buffer) -> Iterator[Window]:
     """All headers that follow one another from the first byte on."""
-    at, far = 0, True
+    at, far = 0, False
     while True:
         found = _far(buffer, at) if far else _close(buffer, at)
         if found is None:
