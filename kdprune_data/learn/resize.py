@@ -26,7 +26,9 @@ def resize(image: Tensor, height: int, width: int, kernel: str = UINT8) -> Tenso
     """uint8 of shape (3, h, w) to (3, height, width), by a kernel of learn/policy.py; the two differ by a grey level at most. On the
     CPU."""
     if kernel == UINT8:
-        return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
+        # Named so, a batch of one counts as channels last, which its result is then too: otherwise both are copied once more.
+        batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+        return F.interpolate(batch, (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
     smooth = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False)
     return smooth[0].round().clamp(0, 255).to(torch.uint8)
 

@@ -179,7 +179,7 @@ class Feed:
         boxes, logits = self.views.show(rows, epoch)
         images = self.images.rendered(rows, boxes, self.views.policy)
         labels = torch.from_numpy(self.images.data.labels[rows].astype(np.int64))
-        soft = None if logits is None else torch.from_numpy(logits.astype(np.float32))
+        soft = None if logits is None else torch.from_numpy(logits).to(torch.float32)  # from float16 ten times as fast as numpy
         return Batch(rows, images, labels, soft, None if self.weights is None else torch.from_numpy(self.weights[rows]))
 
 
