@@ -114,15 +114,16 @@ def from_headers(number: int, path: Path, reading: Reading) -> pa.Table | None:
     if image is None or label is None or image.min() < 0:  # which sample that is, and what to do, is said there
         return None
     view, keys = memoryview(buffer), found.keys
-    labels, sizes = list[int | str | None](), list[tuple[int, int]]()
+    labels, heights, widths = list[int | str | None](), list[int](), list[int]()
     starts, lengths = files.data[image], files.sizes[image]
     places = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
     label_places = zip(label.tolist(), files.data[label].tolist(), (files.data + files.sizes)[label].tolist(), strict=True)
     for key, (start, end), (has_label, label_start, label_end) in zip(keys, places, label_places, strict=True):
         labels.append(None if has_label < 0 else members.label_in(buffer[label_start:label_end], where, key))
-        sizes.append(_header(view[start:end], where, key, reading.keep_bad))
+        height, width = _header(view[start:end], where, key, reading.keep_bad)
+        heights.append(height)
+        widths.append(width)
     ids = [f"{path.stem}/{key}" for key in keys] if reading.id == "shard" else keys
-    height, width = np.array(sizes, np.int32).T
     columns = {
         "id": ids,
         "key": keys,
@@ -135,9 +136,9 @@ def from_headers(number: int, path: Path, reading: Reading) -> pa.Table | None:
         "image_offset": starts,
         "image_length": lengths,
         "sha256": pa.nulls(len(ids), SCHEMA.field("sha256").type),
-        "width": width,
-        "height": height,
-        "ok": height > 0,
+        "width": widths,
+        "height": heights,
+        "ok": np.array(heights) > 0,
     }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA})
 

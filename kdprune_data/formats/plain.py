@@ -10,7 +10,6 @@ what can be read and says what is wrong with the rest: here no error is raised. 
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -26,8 +25,9 @@ LEAST_BYTES = 1 << 16
 """Below this a tar has too few headers for a matrix of them to be quicker."""
 
 _X, _FOLDER, _GLOBAL = ord("x"), ord("5"), ord("g")
-_TIME = re.compile(rb"([0-9]+) [acm]time=[0-9.]+\n")
-"""A PAX header that says a time and nothing else, as Python's tarfile and webdataset write one before every member."""
+TIME = b"NN mtime="
+TIME_BYTES = 48
+"""Of a PAX header, the bytes that are looked at for a time."""
 
 
 class Files(NamedTuple):
@@ -126,23 +126,35 @@ def _names(heads: U64) -> str:
 
 def _paths(window: Window, sizes: I64, pax: I64, buffer: Buffer) -> dict[int, str]:
     """The paths in PAX headers, by the place of the header. `pax`: which headers of the window are such."""
-    rows, places = window.rows[pax], window.places[pax].tolist()
-    there = (sizes[pax] <= BLOCK) & (rows % window.width + 1 < window.width) & (rows + 1 < len(window.words))
-    bodies = window.words[np.where(there, rows + 1, rows)].tobytes()
+    rows, places, sizes = window.rows[pax], window.places[pax], sizes[pax]
+    there = (sizes <= BLOCK) & (rows % window.width + 1 < window.width) & (rows + 1 < len(window.words))
+    bodies = window.words[np.where(there, rows + 1, rows), : TIME_BYTES // 8].view(np.uint8)
     found: dict[int, str] = {}
-    for n, (place, size, is_read) in enumerate(zip(places, sizes[pax].tolist(), there.tolist(), strict=True)):
-        start = n * BLOCK
-        body = bodies[start : start + size] if is_read else bytes(buffer[place + BLOCK : place + BLOCK + size])
-        time = _TIME.fullmatch(body)
-        if time is None or int(time[1]) != size:
-            try:
-                path, long_size = headers.pax(body, "", place)
-            except SourceError:
-                raise _NotPlainError from None
-            if long_size is not None:
-                raise _NotPlainError
-            if path:
-                found[place] = path
+    for n in np.flatnonzero(~(there & _only_times(bodies, sizes))).tolist():
+        place, size = int(places[n]), int(sizes[n])
+        try:
+            path, long_size = headers.pax(bytes(buffer[place + BLOCK : place + BLOCK + size]), "", place)
+        except SourceError:
+            raise _NotPlainError from None
+        if long_size is not None:
+            raise _NotPlainError
+        if path:
+            found[place] = path
+    return found
+
+
+def _only_times(bodies: NDArray[np.uint8], sizes: I64) -> NDArray[np.bool_]:
+    """Which PAX headers say one time and nothing else: `NN mtime=1234567890.123 LF`. Python's tarfile, and so webdataset's writer, puts one
+    before every member, for a fraction of a second. bodies: uint8 of shape (k, TIME_BYTES), the first bytes of each."""
+    digits = bodies ^ 0x30
+    numbers = (digits <= 9) | (bodies == ord("."))
+    at = np.arange(bodies.shape[1])
+    fine = numbers | (at < len(TIME)) | (at >= sizes[:, None] - 1)
+    length = digits[:, 0].astype(np.int64) * 10 + digits[:, 1]
+    end = np.take_along_axis(bodies, np.clip(sizes - 1, 0, bodies.shape[1] - 1)[:, None], 1)[:, 0]
+    named = (bodies[:, 2 : len(TIME)] == np.frombuffer(TIME[2:], np.uint8)).all(1)
+    fitting = (length == sizes) & (sizes <= bodies.shape[1]) & (digits[:, :2] <= 9).all(1)
+    found: NDArray[np.bool_] = fine.all(1) & fitting & (end == ord("\n")) & named
     return found
 
 
