@@ -133,3 +133,21 @@ def test_reading(small_parquet: Path, tmp_path: Path, script: str, data: str, op
     assert len(made["rows"]) == rows
     assert any(row["goal"] for row in made["rows"])
     assert {"processor", "torch", "commit", "n"} <= set(made["machine"])
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "options", "rows"),
+    [
+        ("index_scan.py", "small", ("--samples", 200, "--photo-samples", 9, "--rounds", 1), 18),
+        ("raw_read.py", "small", ("--samples", 300, "--photo-samples", 9, "--rounds", 1), 12),
+        ("import_bytes.py", "small", ("--samples", 300), 4),
+        ("max_side.py", "photos", ("--samples", 40, "--side", 600, "--sides", 290, 64, "--rounds", 1), 6),
+    ],
+)
+def test_shards(small_parquet: Path, tmp_path: Path, script: str, data: str, options: tuple[object, ...], rows: int) -> None:
+    """Shards that are found, read, made and made smaller: the scripts check themselves that what they compare is the same."""
+    photos = ("--photos", small_parquet / "photos.parquet") if "--photo-samples" in options else ()
+    ran(script, "--data", small_parquet / f"{data}.parquet", "--out", tmp_path / "results.json", *photos, *options)
+    made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(made["rows"]) == rows
+    assert {"processor", "commit", "n"} <= set(made["machine"])
