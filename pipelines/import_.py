@@ -225,12 +225,14 @@ def _write(config: ImportConfig, builds: dict[str, Build], source: Source, plan:
 
 def _writer(config: ImportConfig, split: str, missing: Mapping[str, Build], plan: Plan) -> ShardWriter:
     """The writer of a split, which shares the window with the others."""
+    handling = _handling(config)
+    shares = len(missing) * (1 if handling.shrink is None else 4)  # what is resized stays in memory beside what it was
     return ShardWriter(
         missing[split],
         limits=_limits(config),
         jobs=config.jobs,
-        handling=_handling(config),
-        window=Shares.of(config.memory).window // len(missing),
+        handling=handling,
+        window=Shares.of(config.memory).window // shares,
         noisy=plan.noise is not None and split == "train",
     )
 
