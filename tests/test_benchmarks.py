@@ -133,3 +133,10 @@ def test_reading(small_parquet: Path, tmp_path: Path, script: str, data: str, op
     assert len(made["rows"]) == rows
     assert any(row["goal"] for row in made["rows"])
     assert {"processor", "torch", "commit", "n"} <= set(made["machine"])
+
+
+def test_stages(small_parquet: Path) -> None:
+    """Every stage of the job is run, and working time is told apart."""
+    made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
+    assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
+    assert "the network" in made["rows"][1]["working time"]
