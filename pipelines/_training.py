@@ -84,6 +84,11 @@ class TrainingConfig(Config):
     overwrite: bool = option(False, help="Replace what stands in the folder.")
     dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.in_memory == "on" and self.decode != "exact":
+            raise UsageError(f"--in-memory on keeps whole images, and --decode {self.decode} decodes them anew for every view: give one")
+
     def to_recipe(self) -> Recipe:
         """As the training loop takes it."""
         from kdprune_data.learn.recipe import Recipe

@@ -151,3 +151,10 @@ def test_shards(small_parquet: Path, tmp_path: Path, script: str, data: str, opt
     made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert len(made["rows"]) == rows
     assert {"processor", "commit", "n"} <= set(made["machine"])
+
+
+def test_stages(small_parquet: Path) -> None:
+    """Every stage of the job is run, and working time is told apart."""
+    made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
+    assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
+    assert "the network" in made["rows"][1]["working time"]

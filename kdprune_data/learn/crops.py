@@ -33,7 +33,8 @@ def crop(images: Pixels, boxes: Geometry, size: int) -> Pixels:
     pixels = cut.reshape(-1).view(np.dtype((np.void, 3))).reshape(n, size, size)
     mirrored = np.flatnonzero(boxes.flip)
     pixels[mirrored] = pixels[mirrored, :, ::-1]
-    return pixels.reshape(-1).view(np.uint8).reshape(n, size, size, 3)
+    whole: Pixels = pixels.reshape(-1).view(np.uint8).reshape(n, size, size, 3)
+    return whole
 
 
 def crop_there(images: Tensor, boxes: Geometry, size: int) -> Tensor:

@@ -117,7 +117,8 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
         return self._state(walk.epoch, walk.seen)
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The position after a batch of the current epoch, whoever loaded it: plain JSON, for `load_state_dict`."""
+        """The position after a batch of the current epoch, whoever loaded it: plain JSON, for `load_state_dict`. After the last one it is
+        the beginning of the next epoch."""
         return self._state(self.epoch, int(batch["seen"]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,6 +144,8 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
             self._shared[LOADED] += 1
 
     def _state(self, epoch: int, seen: int) -> dict[str, Any]:
+        if seen == len(self.feed.images.data.usable()):  # nobody wants to go on with nothing
+            epoch, seen = epoch + 1, 0
         data, source = self.feed.images.data, self.feed.views
         fixed = (data.manifest.content, _digest(source), self.feed.batch, self.feed.seed)
         return dict(zip(FIXED, fixed, strict=True)) | {"format": FORMAT, "epoch": epoch, "seen": seen}
@@ -156,11 +159,13 @@ class _Walk(Iterator[dict[str, Any]]):
     """An iteration over an epoch, or a worker's share of it: every `step`-th batch from one on. Saved and restored by itself too."""
 
     def __init__(self, dataset: SoftLabelDataset, epoch: int, first: int, step: int) -> None:
-        self._dataset = dataset
-        self._plan = dataset.feed.plan(epoch)
-        self._ends = _ends(dataset.feed, epoch)
-        self._next, self._step = first, step
+        self._dataset, self._next, self._step = dataset, first, step
+        self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
         self.epoch = epoch
+        self._plan = self._dataset.feed.plan(epoch)
+        self._ends = np.cumsum([len(rows) for rows in self._plan])
 
     @property
     def seen(self) -> int:
@@ -194,8 +199,9 @@ class _Walk(Iterator[dict[str, Any]]):
                 f"the state was saved with {state['step']} workers and there are {self._step}: take as many, or go on with "
                 "load_state_dict(state_after(batch)) of the dataset, which any number can"
             )
-        if state["epoch"] != self.epoch:
-            raise MismatchError(f"the state is of epoch {state['epoch']}, and epoch {self.epoch} is shown: load the dataset's first")
+        if state["epoch"] != self.epoch:  # at the end of an epoch, of which the dataset's state says that the next one follows
+            self._dataset.set_epoch(state["epoch"])
+            self._begin(state["epoch"])
         self._next = state["next"]
 
 

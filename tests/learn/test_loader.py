@@ -203,11 +203,12 @@ def test_a_position_is_gone_on_from_with_any_number_of_workers(chain: Path, befo
     state = first.state_after(shown[-1]) if shown else first.state_dict()
     again = fresh(chain)
     again.load_state_dict(json.loads(json.dumps(state)))
-    assert again.epoch == 2
-    again.set_epoch(2)  # as a loop over epochs does
-    rest = list(DataLoader(again, batch_size=None, num_workers=after))
-    assert len(shown) + len(rest) == 8
-    assert all(alike(a, b) for a, b in zip(expected, shown + rest, strict=True))
+    assert again.epoch == (2 if done < 8 else 3)  # after the last batch the next epoch begins
+    if done < 8:
+        again.set_epoch(2)  # as a loop over epochs does
+        rest = list(DataLoader(again, batch_size=None, num_workers=after))
+        assert len(shown) + len(rest) == 8
+        assert all(alike(a, b) for a, b in zip(expected, shown + rest, strict=True))
     for epoch in (3, 2):
         again.set_epoch(epoch)
         whole.set_epoch(epoch)
