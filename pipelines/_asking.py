@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Geometry, Pixels, Policy
+    from kdprune_data.learn.views import Geometry, Picture, Pixels, Policy
 
 DECODED_AT_ONCE = 32
 RENDERED_BYTES = 64_000_000
 """Views that wait to be shown to the teacher take about this much memory, however many there are."""
 
 
-Decoded = tuple[NDArray[np.int64], "Pixels | list[Pixels]"]
+Decoded = tuple[NDArray[np.int64], "Pixels | list[Picture]"]
 """Places in the rows that are asked about, and the images of these."""
 
 
@@ -173,7 +173,7 @@ class Teachers:
     def _small(self) -> bool:
         """Whether batches of decoded images, as many as may wait, take no more memory than views that wait."""
         largest = int(self.data.sizes.astype(np.int64).prod(1).max(initial=1))
-        return self.images.equal and 3 * largest * self.batch * self._ahead <= RENDERED_BYTES
+        return self.images.equal and not self.policy.scaled and 3 * largest * self.batch * self._ahead <= RENDERED_BYTES
 
     @property
     def _ahead(self) -> int:
@@ -186,10 +186,12 @@ class Teachers:
 
         places = list(batches)
         parts = [list(order.batches(at, DECODED_AT_ONCE)) for at in places]
-        ready = prefetch(lambda at: self.images.get(rows[at]), chain.from_iterable(parts), self.jobs)
+        get = self.images.scalable if self.policy.scaled else self.images.get
+        ready = prefetch(lambda at: get(rows[at]), chain.from_iterable(parts), self.jobs)
         for at, some_parts in zip(places, parts, strict=True):
             found = [next(ready) for _ in some_parts]
-            yield at, np.concatenate(found) if self.images.equal else list(chain.from_iterable(found))
+            whole = [one for one in found if isinstance(one, np.ndarray)]
+            yield at, np.concatenate(whole) if whole else list(chain.from_iterable(found))
 
     def _rendered(self, decoded: Iterable[Decoded], boxes: Sequence[Geometry]) -> Iterator[Shown]:
         """The views of batches, one after the other, in parts of so many samples that memory stays bounded."""
@@ -197,8 +199,7 @@ class Teachers:
         from kdprune_data.learn.inference import joined
         from kdprune_data.learn.stream import prefetch
 
-        size = self.policy.size
-        most = max(1, RENDERED_BYTES // (self._ahead * 3 * size * size))
+        most = max(1, RENDERED_BYTES // (self._ahead * 3 * self.policy.size**2))
 
         def parts() -> Iterator[tuple[Decoded, int, NDArray[np.int64]]]:
             for one in decoded:
@@ -206,7 +207,7 @@ class Teachers:
 
         def make(item: tuple[Decoded, int, NDArray[np.int64]]) -> Shown:
             (at, images), n, part = item
-            return Shown(at, n, views.render(images[part[0] : part[-1] + 1], boxes[n].take(at[part]), size))
+            return Shown(at, n, views.shown(self.policy, images[part[0] : part[-1] + 1], boxes[n].take(at[part])))
 
         pieces: list[torch.Tensor] = []
         for piece in prefetch(make, parts(), self.jobs):
@@ -225,7 +226,7 @@ class Teachers:
         for at, images in decoded:
             held = sent(torch.from_numpy(images), self.device)
             for n, box in enumerate(boxes):
-                yield Shown(at, n, views.render(held, box.take(at), self.policy.size, self.device))
+                yield Shown(at, n, views.shown(self.policy, held, box.take(at), self.device))
 
     def _renders_there(self) -> bool:
         """Whether views are rendered on the device: padded crops, which are exact everywhere, where that is not the CPU."""
