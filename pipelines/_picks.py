@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import MismatchError, SourceError, some
-from kdprune_data.formats import foreign, subset, table, tar
+from kdprune_data.formats import copying, foreign, subset, table, tar
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.shards import Limits
 
@@ -106,22 +105,22 @@ class Cost:
     seconds: float
 
 
-def cost(picks: Picks, limits: Limits | None, *, jobs: int, ranking: bool) -> Cost:
+def cost(picks: Picks, limits: Limits | None, *, jobs: int, ranking: bool, checked: bool = True) -> Cost:
     """The tars to the byte, from the plan (limits None: there are none); the tables from what their first rows take.
 
-    The time is that of reading and hashing, measured on the first records.
+    The time is that of reading and hashing, measured on the first records. checked: each image too.
     """
     parent, rows = picks.parent, picks.rows
-    shards, tars, copying = 0, 0, 0.0
+    shards, tars, seconds = 0, 0, 0.0
     if limits is not None:
         plan = subset.plan(parent, rows, limits)
         shards = len(plan.names)
         tars = int(parent.index["length"].to_numpy()[rows].sum()) + shards * len(tar.END)
-        copying = measure(_copied(parent, plan), tars) / min(jobs, os.cpu_count() or 1, shards)
+        seconds = measure(copying.trial(parent, plan, checked=checked), tars) / min(jobs, os.cpu_count() or 1)
     first = parent.index.take(rows[:TABLE_ROWS])
     row = len(table.to_bytes(first)) / len(first)
     tables = int(2 * row * len(rows) + (row + 8) * (len(picks.candidates) if ranking else 0))
-    return Cost(shards, tars + tables, copying)
+    return Cost(shards, tars + tables, seconds)
 
 
 def rough_cost(parent: Dataset, candidates: NDArray[np.int64], keep: int, limits: Limits | None) -> Cost:
@@ -131,12 +130,3 @@ def rough_cost(parent: Dataset, candidates: NDArray[np.int64], keep: int, limits
     shards = 0 if limits is None else max(-(-keep // limits.samples), -(-tars // limits.bytes))
     first = parent.index.take(candidates[:TABLE_ROWS])
     return Cost(shards, tars + shards * len(tar.END) + int(2 * len(table.to_bytes(first)) / len(first) * keep), 0.0)
-
-
-def _copied(parent: Dataset, plan: subset.Plan) -> Iterator[int]:
-    """Read and hash planned shards; the bytes done, step by step."""
-    for number in range(len(plan.names)):
-        digest = hashlib.sha256()
-        for piece in subset.pieces(parent, plan, number):
-            digest.update(piece)
-            yield len(piece)

@@ -2,7 +2,8 @@
 
 1. Candidates: of the N samples of the data set that decode, those that `--where` and `--dedup` leave. k = floor(frac * N + 1/2).
 2. Keep k of them by a method, balanced by class; or take somebody's list as it is.
-3. Plan the new shards from the index, copy the records byte for byte, write `selection.parquet`.
+3. Plan the new shards from the index, copy the records byte for byte, each image compared with its digest (`--unchecked`: not), write
+   `selection.parquet`.
 
 Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset reads its parent's.
 """
@@ -18,7 +19,6 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from kdprune_pipelines import _methods as methods
 from kdprune_pipelines import _workspace as workspace
 from kdprune_pipelines._choosing import Task, pick, tell_cost
@@ -32,7 +32,7 @@ from kdprune_pipelines._picks import Picks, cost, listed_rows, rough_cost
 from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError
-from kdprune_data.formats import dataset, foreign, indexing, subset
+from kdprune_data.formats import copying, dataset, foreign, indexing, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -76,6 +76,7 @@ class SelectConfig(Config):
     out: Path | None = option(None, help="Exact folder to write.")
     shard_samples: int = option(dataset.SHARD_SAMPLES, help="Most samples in a shard.", least=1)
     shard_bytes: int = option(dataset.SHARD_BYTES, help="Most bytes in a shard.", least=4096)
+    unchecked: bool = option(False, help="Copy without hashing each image first: then only verify notices that one was damaged.")
     jobs: int = option(2, help="Threads that copy shards.", least=1, short="j")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
     dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
@@ -131,6 +132,8 @@ class SelectConfig(Config):
         for option_, changed in (("--balance", self.balance != "class"), ("--seed", self.seed != 0), ("--ranks", self.ranks)):
             if self.keys and changed:
                 raise UsageError(f"{option_} changes how samples are ranked, and --keys is a list that is kept as it is: leave it out")
+        if self.ids_only and self.unchecked:
+            raise UsageError("--unchecked leaves out the check of images that are copied, and --ids-only copies none: leave it out")
         heavy = self.dedup == "near" or (not ranks and methods.compares(method))
         if self.memory is not None and not heavy:
             raise UsageError(
@@ -266,13 +269,14 @@ def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
         index, names = parent.index.take(rows).combine_chunks(), indexing.shard_names(parent.shard_paths)
     else:
         plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
-        names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))
+        copied = copying.copy(parent, plan, build, config.jobs, checked=not config.unchecked)
+        names = list(track(copied, "copy", total=len(plan.names), unit="shard"))
         index = subset.index_of(parent, plan)
     subset.write_selection(build, index, None if picks.scores is None else picks.scores[picks.places], picks.weights)
     facts = indexing.write_index(build, index, parent.classes, names)
     if picks.ranking is not None and _writes_ranking(config, picks):
-        subset.write_ranking(build, parent.ids[picks.candidates].tolist(), picks.scores, picks.ranking)
-    build.write("README.md", _card(build, parent, index, facts).encode())
+        subset.write_ranking(build, parent.index["id"].take(picks.candidates), picks.scores, picks.ranking)
+    build.write("README.md", _card(build, parent, facts).encode())
     counts = facts.counts | dict(picks.counts) | {"kept": len(rows)}
     side = ["README.md", subset.RANKING]
     return build.seal(counts=counts, classes=parent.classes, content=facts.content, side=side, outside=outside)
@@ -292,7 +296,7 @@ def _estimate(config: SelectConfig, task: Task, folder: Path, state: str, starte
         found = rough_cost(task.parent, task.candidates, task.keep, limits)
     else:
         picks = pick(task)
-        found = cost(picks, limits, jobs=config.jobs, ranking=_writes_ranking(config, picks))
+        found = cost(picks, limits, jobs=config.jobs, ranking=_writes_ranking(config, picks), checked=not config.unchecked)
     counts = {"sample": task.keep} | ({} if config.ids_only else {"shard": found.shards})
     return Estimate(folder, state, counts, found.bytes, time.monotonic() - started + choosing + found.seconds).outcome()
 
@@ -305,13 +309,13 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
     return [File(path, f.bytes, f.sha256) for path, f in zip(paths, known, strict=True)]
 
 
-def _card(build: Build, parent: Dataset, index: pa.Table, facts: indexing.Facts) -> str:
+def _card(build: Build, parent: Dataset, facts: indexing.Facts) -> str:
     identity = build.identity
-    shards = [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
+    shards = [f.path for f in build.files() if f.path.endswith(".tar")]
     whole = f"{parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`)"
     note = f"Kept from {whole} {_how(identity.config)}."
     members = parent.members
-    images = [members.image] if members.image and shards else subset.image_members(shards, index)
+    images = [members.image] if members.image and shards else copying.image_members(build, shards)
     if members.label != "cls":
         note += f" Classes are numbers in `index.parquet`; the members say them their way (`{members.label}`)."
     labelled = facts.counts["labelled"] > 0 and members.label == "cls"

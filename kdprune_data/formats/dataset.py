@@ -163,11 +163,13 @@ class Dataset:
         shard = int(self.shards[row])
         found = self.maps[shard][start:end]
         if len(found) != end - start or (self.has_digests and indexing.image_digest(found) != self.sha256[row].tobytes()):
-            raise SourceError(
-                f"{self.shard_paths[shard]} was changed: sample {self.ids[row]!r} is not the image that was indexed; "
-                f"make or fetch {self.folder} again"
-            )
+            raise self.changed(row)
         return found
+
+    def changed(self, row: int) -> SourceError:
+        """The error for a sample that is not what was indexed any more."""
+        path, sample = self.shard_paths[int(self.shards[row])], self.index["id"][row].as_py()
+        return SourceError(f"{path} was changed: sample {sample!r} is not the image that was indexed; make or fetch {self.folder} again")
 
     def check_outside(self, shards: Sequence[int]) -> None:
         """Raise SourceError unless these shards, where they lie outside the folder, have the bytes that the manifest says."""
