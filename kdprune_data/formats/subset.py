@@ -19,6 +19,7 @@ from kdprune_data.formats.blocks import BYTES, Runs
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.shards import Limits
+from kdprune_data.formats.times import Spans
 
 SCHEMA = pa.schema(
     [
@@ -64,18 +65,40 @@ class Plan:
             at = max(at + 1, beyond)
 
 
-def plan(parent: Dataset, rows: NDArray[np.int64], limits: Limits) -> Plan:
+def plan(parent: Dataset, rows: NDArray[np.int64], limits: Limits, left_out: Spans | None = None) -> Plan:
     """Cut the kept rows into shards: each takes records while it stays within the limits, and at least one.
 
+    left_out: bytes of the rows' records that are not copied.
     Raises FormatError when the index is of records that are not whole tar blocks.
     """
     starts, lengths, images = (parent.index[name].to_numpy()[rows] for name in ("offset", "length", "image_offset"))
     if ((starts | lengths) % tar.BLOCK).any():
         what = f"has records that do not begin and end at multiples of {tar.BLOCK} bytes"
         raise FormatError(f"{parent.folder / indexing.INDEX} {what}: make or fetch it again")
-    runs = Runs(parent.shards[rows], starts, starts + lengths)
+    whole, first, images = Runs(parent.shards[rows], starts, starts + lengths), np.arange(len(rows) + 1), images - starts
+    runs = whole
+    if left_out is not None:
+        runs, first = _without(whole, left_out)
+        lengths = lengths - _in_records(left_out, len(rows))
+        images = images - _in_records(left_out.some(left_out.starts - starts[left_out.records] < images[left_out.records]), len(rows))
     cuts, offsets = _cut(lengths, limits)
-    return Plan(rows, cuts, offsets, lengths, images - starts, runs, np.arange(len(rows) + 1))
+    return Plan(rows, cuts, offsets, lengths, images, runs, first)
+
+
+def _in_records(spans: Spans, records: int) -> NDArray[np.int64]:
+    """The bytes of each record that are left out."""
+    return np.bincount(spans.records, spans.sizes, records).astype(np.int64)
+
+
+def _without(whole: Runs, spans: Spans) -> tuple[Runs, NDArray[np.int64]]:
+    """The runs that are left of whole records, and where those of each begin among them."""
+    records = np.concatenate([np.arange(len(whole)), spans.records])
+    starts, ends = np.concatenate([whole.starts, spans.ends]), np.concatenate([whole.ends, spans.starts])
+    # Each record has as many starts as ends: in order, they belong together.
+    starts, ends = starts[np.lexsort((starts, records))], ends[np.lexsort((ends, records))]
+    left = ends > starts
+    records = np.sort(records, kind="stable")[left]
+    return Runs(whole.shards[records], starts[left], ends[left]), np.searchsorted(records, np.arange(len(whole) + 1))
 
 
 def _cut(lengths: NDArray[np.int64], limits: Limits) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

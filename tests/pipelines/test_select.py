@@ -700,6 +700,7 @@ def test_a_parent_that_was_replaced_is_noticed_by_its_ids_only_subset(train: Pat
         ({"keys": "x.txt", "seed": 3}, "--seed changes how samples are ranked"),
         ({"keys": "x.txt", "ranks": True}, "--ranks changes how samples are ranked"),
         ({"frac": "0.5", "ids_only": True, "unchecked": True}, "the check of images that are copied, and --ids-only copies none"),
+        ({"frac": "0.5", "ids_only": True, "normalize": True}, "--normalize leaves out headers of what is copied, and --ids-only"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(train: Path, tmp_path: Path, settings: dict[str, str], message: str) -> None:
