@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Geometry, Pixels, Policy
+    from kdprune_data.learn.views import Geometry, Picture, Pixels, Policy
 
 DECODED_AT_ONCE = 32
 RENDERED_BYTES = 64_000_000
@@ -129,18 +129,19 @@ class Teachers:
 
     def _decoded(
         self, rows: NDArray[np.int64], batches: Iterable[NDArray[np.int64]]
-    ) -> Iterator[tuple[NDArray[np.int64], Pixels | list[Pixels]]]:
+    ) -> Iterator[tuple[NDArray[np.int64], Pixels | list[Picture]]]:
         """Batches of places in `rows`, each with its images. A few samples are decoded ahead, not a few batches: photographs are large."""
         from kdprune_data.learn.stream import prefetch
 
         places = list(batches)
         parts = [list(order.batches(at, DECODED_AT_ONCE)) for at in places]
-        ready = prefetch(lambda at: self.images.get(rows[at]), chain.from_iterable(parts), self.jobs)
+        get = self.images.scalable if self.policy.scaled else self.images.get
+        ready = prefetch(lambda at: get(rows[at]), chain.from_iterable(parts), self.jobs)
         for at, some_parts in zip(places, parts, strict=True):
             found = [next(ready) for _ in some_parts]
-            yield at, np.concatenate(found) if self.images.equal else list(chain.from_iterable(found))
+            yield at, np.concatenate(found) if isinstance(found[0], np.ndarray) else list(chain.from_iterable(found))
 
-    def _rendered(self, images: Pixels | list[Pixels], boxes: Sequence[Geometry]) -> Iterator[torch.Tensor]:
+    def _rendered(self, images: Pixels | list[Picture], boxes: Sequence[Geometry]) -> Iterator[torch.Tensor]:
         """The views of a batch, one after the other, rendered a little ahead in parts of so many samples that memory stays bounded."""
         import torch
 
@@ -150,7 +151,7 @@ class Teachers:
         if isinstance(images, np.ndarray) and self._renders_there():
             held = torch.from_numpy(images).to(self.device)  # once for all views: only boxes travel after that
             for box in boxes:
-                yield views.render(held, box, self.policy.size, self.device)
+                yield views.shown(self.policy, held, box, self.device)
             return
         n, size = len(images), self.policy.size
         ahead = 2 * self.jobs + 2  # parts that `prefetch` holds, and the one that is used
@@ -158,7 +159,7 @@ class Teachers:
 
         def make(part: tuple[Geometry, NDArray[np.int64]]) -> torch.Tensor:
             box, at = part
-            return views.render(images[at[0] : at[-1] + 1], box.take(at), size)
+            return views.shown(self.policy, images[at[0] : at[-1] + 1], box.take(at))
 
         ready = prefetch(make, product(boxes, parts), self.jobs)
         for _ in boxes:

@@ -231,11 +231,9 @@ class Witness:
 
         from kdprune_data.learn import views
 
-        size, parts = self.policy.size, []
-        for at in self.images.few(rows):
-            images = self.images.get(rows[at])
-            parts.append(views.evaluation(images, size) if boxes is None else views.render(images, boxes.take(at), size))
-        return torch.cat(parts)
+        if boxes is not None:
+            return self.images.rendered(rows, boxes, self.policy)
+        return torch.cat([views.evaluation(self.images.get(rows[at]), self.policy.size) for at in self.images.few(rows)])
 
 
 def _read(joined: Joined, rows: I64, views: I64) -> Pairs:

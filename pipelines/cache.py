@@ -85,6 +85,9 @@ class CacheConfig(Config):
     pad: int | None = option(None, help="Pixels by which crops that are not resized may reach outside; default size/8.", least=0)
     scale: tuple[float, ...] = option((), help="Share of the area that a resized crop takes; default 0.25 1.", values="LOW HIGH")
     ratio: tuple[float, ...] = option((), help="Width over height of a resized crop; default 0.75 1.3333.", values="LOW HIGH")
+    decode: str = option(
+        "exact", help="scaled: decode JPEGs no larger than resized crops need, quicker for large photographs.", choices=("exact", "scaled")
+    )
     seed: int = option(0, help="Seed of the views.", least=0)
     batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
     code: tuple[str, ...] = option((), help="package.module:function, when a teacher is your own function; may be given several times.")
@@ -170,7 +173,7 @@ def _plan_taught(config: CacheConfig, data: Dataset) -> Plan:
     from kdprune_data.learn import views  # which imports torch: after what a mistyped folder is told
 
     _asking.check_alike(saved, data)
-    crops = views.Crops.of(config.pad, config.scale, config.ratio)
+    crops = views.Crops.of(config.pad, config.scale, config.ratio, config.decode)
     size = saved[0].architecture.size
     if config.views == "identity":
         _refuse_crops(config, "--views identity shows the image itself, and {} is of crops")
@@ -232,6 +235,7 @@ def _refuse_crops(config: CacheConfig, why: str) -> None:
         "--pad": config.pad is not None,
         "--scale": config.scale,
         "--ratio": config.ratio,
+        "--decode": config.decode != "exact",
         "--seed": config.seed,
     }
     for flag in (flag for flag, given in flags.items() if given):

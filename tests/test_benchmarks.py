@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = ("--models", "resnet8", "--size", "8", "--n", "3", "--rounds", "1", "--threads", "1")
@@ -95,3 +100,43 @@ def test_soft_label_views(chain: Path, tmp_path: Path) -> None:
         assert [row["seeds"] for row in rows] == [1] * 3
         assert all(0 <= float(row["test"]) <= 100 for row in rows)
     assert len(list((tmp_path / "students").iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def small_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty JPEGs of 16 pixels and of about 300, in Hugging Face's layout, in a file each."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for name, sides in (("small", (16, 16)), ("photos", (310, 280))):
+        rows = []
+        for n in range(40):
+            file, side = io.BytesIO(), (sides[0], sides[1] + (n % 3 if name == "photos" else 0))
+            noise = np.random.default_rng(n).integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(noise).resize(side, Image.Resampling.BICUBIC).save(file, "jpeg")
+            rows.append({"image": {"bytes": file.getvalue(), "path": f"{n:04d}.jpg"}, "label": n % 4})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "options", "rows"),
+    [
+        ("small_batches.py", "small", ("--samples", 600, "--batches", 2), 5),
+        ("soft_label_join.py", "small", ("--samples", 600, "--batches", 2, "--classes", 20), 5),
+        ("decode_crop.py", "photos", ("--samples", 9, "--side", 600), 12),
+    ],
+)
+def test_reading(small_parquet: Path, tmp_path: Path, script: str, data: str, options: tuple[object, ...], rows: int) -> None:
+    """Rows with their goals, also in a file with what they were measured on."""
+    file = tmp_path / "results.json"
+    ran(script, "--data", small_parquet / f"{data}.parquet", "--rounds", 1, "--out", file, *options)
+    made = json.loads(file.read_text(encoding="utf-8"))
+    assert len(made["rows"]) == rows
+    assert any(row["goal"] for row in made["rows"])
+    assert {"processor", "torch", "commit", "n"} <= set(made["machine"])
+
+
+def test_stages(small_parquet: Path) -> None:
+    """Every stage of the job is run, and working time is told apart."""
+    made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
+    assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
+    assert "the network" in made["rows"][1]["working time"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -184,6 +184,10 @@ class Maps:
         if len(self._open) > self._limit:
             self._open.pop(next(iter(self._open)), None)
         return found
+
+    def together(self, numbers: Collection[int]) -> Mapping[int, mmap.mmap] | Maps:
+        """The maps of some files, by number: looked up once where they may all be open at a time, else one by one."""
+        return {n: self[n] for n in numbers} if len(numbers) <= self._limit else self
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Maps, (self.paths, self._limit))

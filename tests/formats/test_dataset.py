@@ -109,6 +109,37 @@ def test_readers_see_arrays(digits: Path) -> None:
     assert hashlib.sha256(read.image_bytes(5)).digest() == read.sha256[5].tobytes()
 
 
+@pytest.mark.parametrize("open_files", [64, 2], ids=["all-open", "one-by-one"])
+def test_many_images_are_read_at_once_in_any_order(digits: Path, open_files: int) -> None:
+    read = Dataset.open(digits / "data" / "train")
+    vars(read)["maps"] = tar.Maps(read.shard_paths, open_files)
+    shards = [path.read_bytes() for path in read.shard_paths]
+    assert len(shards) > 2
+    at = zip(*(read.index[name].to_pylist() for name in ("shard", "image_offset", "image_length")), strict=True)
+    expected = [shards[shard][offset : offset + length] for shard, offset, length in at]
+    rows = np.random.default_rng(0).integers(0, len(read), 700)
+    assert read.read(rows) == [expected[row] for row in rows]
+    assert read.read(range(len(read))) == expected
+    assert read.read([]) == []
+
+
+def test_of_many_images_the_first_that_was_changed_is_named(digits: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(digits / "data" / "val", tmp_path / "val")
+    read = Dataset.open(folder)
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        for row in (7, 30):
+            file.seek(read.index["image_offset"][row].as_py() + 20)
+            file.write(b"!")
+    rows = [n for n in range(len(read)) if n not in (7, 30)]
+    assert len(read.read(rows)) == len(rows)
+    with pytest.raises(SourceError) as caught:
+        read.read([3, 30, 7])
+    assert str(caught.value) == (
+        f"{folder / 'shard-000000.tar'} was changed: sample {read.ids[30]!r} is not the image that was indexed; "
+        f"make or fetch {folder} again"
+    )
+
+
 def test_bad_samples_are_counted_and_never_usable(tmp_path: Path) -> None:
     samples = [sample(0), Sample("001", b"not an image", 1, "row 1"), sample(2, label=None), Sample("003", b"", 1, "row 3")]
     written(tmp_path / "x", samples, limits=Limits(3), keep_bad=True)
