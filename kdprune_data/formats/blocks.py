@@ -7,10 +7,10 @@ for each would take longer than the bytes. In a block the runs stand one behind 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +26,31 @@ NEAR = 1 << 14
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of bytes of numbered shards, each of whole tar blocks. shards: int32 of shape (n,); starts, ends: int64 of shape (n,)."""
+    """Runs of bytes of numbered shards, each of whole tar blocks, and which of them begin a read of their own.
+
+    shards: int32 of shape (n,); starts, ends: int64 of shape (n,); apart: bool of shape (n,).
+    """
 
     shards: NDArray[np.int32]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
+    apart: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, shards: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Runs:
+        """Read together are those of a shard that lie near one another, until they reach over the bytes of a block."""
+        far = np.ones(len(starts), np.bool_)
+        far[1:] = (shards[1:] != shards[:-1]) | (starts[1:] - ends[:-1] > NEAR)
+        begins = starts[np.flatnonzero(far)][np.cumsum(far) - 1]
+        grown = (starts - begins) // BYTES
+        far[1:] |= grown[1:] != grown[:-1]
+        return cls(shards, starts, ends, far)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, part: slice) -> Runs:
-        return Runs(self.shards[part], self.starts[part], self.ends[part])
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """int64 of shape (n,): the bytes of each."""
-        return self.ends - self.starts
+        return Runs(self.shards[part], self.starts[part], self.ends[part], self.apart[part])
 
 
 class Reader:
@@ -57,11 +66,21 @@ class Reader:
 
         Raises SourceError when a shard is missing, EOFError when one ends before a run does.
         """
-        places = edges(runs.sizes)
+        places = edges(runs.ends - runs.starts)
         block = self._buffer(int(places[-1]))
-        for first, last in _parts(runs.shards[1:] != runs.shards[:-1]):
-            with tar.opened(self._paths[int(runs.shards[first])]) as file:
-                self._fill(block[places[first] : places[last]], file, runs[first:last])
+        first = np.append(0, np.flatnonzero(runs.apart[1:]) + 1)
+        beyond = np.append(first[1:], len(runs))
+        reads = (runs.shards[first], runs.starts[first], runs.ends[beyond - 1], places[first], places[beyond])
+        with ExitStack() as opened:
+            last = -1
+            for n, (shard, start, end, place, after) in enumerate(zip(*(column.tolist() for column in reads), strict=True)):
+                if shard != last:
+                    opened.close()
+                    file, last = opened.enter_context(tar.opened(self._paths[shard])), shard
+                if end - start == after - place:
+                    _read(file, start, block[place:after])
+                else:
+                    self._gather(file, runs[first[n] : beyond[n]], block[place:after])
         return block
 
     def release(self, block: NDArray[np.uint8]) -> None:
@@ -77,21 +96,15 @@ class Reader:
         except IndexError:
             return np.empty(2 * BYTES, np.uint8)[:size]
 
-    def _fill(self, block: NDArray[np.uint8], file: FileIO, runs: Runs) -> None:
-        """Read runs of one shard, a group of near ones at a time."""
-        places, blocks = edges(runs.sizes), edges(runs.sizes // tar.BLOCK)
-        for first, last in _parts(_far(runs)):
-            start, end = int(runs.starts[first]), int(runs.ends[last - 1])
-            part = block[places[first] : places[last]]
-            if end - start == len(part):
-                _read(file, start, part)
-                continue
-            wide = self._wide(end - start)
-            _read(file, start, wide)
-            group = runs[first:last]
-            begins = np.repeat((group.starts - start) // tar.BLOCK - (blocks[first:last] - blocks[first]), group.sizes // tar.BLOCK)
-            # Every place is inside, so nothing is clipped; told to raise, numpy would write to a copy first.
-            np.take(_by_block(wide), begins + np.arange(len(begins)), axis=0, out=_by_block(part), mode="clip")
+    def _gather(self, file: FileIO, runs: Runs, into: NDArray[np.uint8]) -> None:
+        """Read near runs with all that is between them, then take them out of it."""
+        start, end = int(runs.starts[0]), int(runs.ends[-1])
+        wide = self._wide(end - start)
+        _read(file, start, wide)
+        sizes = (runs.ends - runs.starts) // tar.BLOCK
+        moved = (runs.starts - start) // tar.BLOCK - edges(sizes)[:-1]
+        # Every place is inside, so nothing is clipped; told to raise, numpy would write to a copy first.
+        np.take(by_block(wide), np.repeat(moved, sizes) + np.arange(sizes.sum()), axis=0, out=by_block(into), mode="clip")
 
     def _wide(self, size: int) -> NDArray[np.uint8]:
         """Room for a group with all that lies between its runs, this thread's own."""
@@ -105,24 +118,11 @@ class Reader:
 
 def edges(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each of so many begins, when they stand one behind another, and where the last ends: one more than there are."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    return np.append(0, np.cumsum(sizes))
 
 
-def _parts(ends: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """The parts that a sequence falls into, as (first, last + 1). ends: after which of its items, but the last, a part ends."""
-    return pairwise([0, *(np.flatnonzero(ends) + 1).tolist(), len(ends) + 1])
-
-
-def _far(runs: Runs) -> NDArray[np.bool_]:
-    """After which runs of a shard, but the last, another call is made: the next is far away, or the group is as large as a block."""
-    far = np.asarray(runs.starts[1:] - runs.ends[:-1] > NEAR)
-    group = np.concatenate([np.zeros(1, np.int64), np.cumsum(far)])
-    begins = runs.starts[np.concatenate([np.ones(1, np.bool_), far])][group]
-    grown = (runs.starts - begins) // BYTES
-    return np.asarray(far | (grown[1:] != grown[:-1]))
-
-
-def _by_block(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def by_block(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes as the blocks of a tar: shape (n, 512)."""
     return data.reshape(-1, tar.BLOCK)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdprune_data.formats import tar
-from kdprune_data.formats.blocks import Reader
+from kdprune_data.formats.blocks import Reader, by_block
 from kdprune_data.formats.build import Build, Sink
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.subset import Plan
@@ -58,11 +58,23 @@ class Copier:
             self._check(block, first, last)
         return block
 
-    def put(self, sink: Sink, first: int, last: int) -> tuple[Block, set[str]]:
-        """Read records and write them to their place; the extensions of their image members too."""
+    def put(self, sink: Sink, first: int, last: int) -> Block:
+        """Read records and write them to their place."""
         block = self.read(first, last)
         sink.place(block.data, int(self.plan.offsets[first]))
-        return block, self._extensions(block, first, last)
+        return block
+
+    def names(self, block: Block, first: int, last: int) -> NDArray[np.bytes_]:
+        """Of the image members, for their extensions: what stands in the headers before them, as their maker wrote them."""
+        images = self._images(first, last)
+        found = by_block(block)[images // tar.BLOCK - 1, :100]
+        for n in np.flatnonzero(found[:, -1]).tolist():  # it may go on in a header of its own before this one
+            start = int(self.plan.offsets[first + n] - self.plan.offsets[first])
+            raw = block[start : start + int(self.plan.lengths[first + n])].tobytes() + tar.END
+            members = [one for record in tar.records(raw, "record") for one in record.members.items()]
+            for extension in (extension for extension, one in members if start + one.data == images[n]):
+                found[n] = np.frombuffer(f".{extension}".encode()[-100:].ljust(100, b"\0"), np.uint8)
+        return np.ascontiguousarray(found).view("S100")[:, 0]
 
     def _cut_off(self, first: int, last: int) -> int:
         """The first row whose shard ends before its record does."""
@@ -84,25 +96,6 @@ class Copier:
         """Where in their block the images begin."""
         return np.asarray(self.plan.offsets[first:last] - self.plan.offsets[first] + self.plan.images[first:last])
 
-    def _extensions(self, block: Block, first: int, last: int) -> set[str]:
-        """Of the image members: from the names in the headers before them, as their maker wrote them."""
-        images = self._images(first, last)
-        names = np.take(block, images[:, None] - tar.BLOCK + np.arange(100), mode="clip")
-        whole = names[:, -1] == 0  # else it may go on in a header of its own before this one
-        text = names.view("S100")[whole, 0]
-        found: set[str] = set()
-        for extension in MEMBERS:
-            such = np.char.endswith(text, f".{extension}".encode())
-            if such.any():
-                found.add(extension)
-                text = text[~such]
-        for n in np.flatnonzero(~whole).tolist():
-            start = int(self.plan.offsets[first + n] - self.plan.offsets[first])
-            raw = block[start : start + int(self.plan.lengths[first + n])].tobytes() + tar.END
-            members = next(tar.records(raw, "record")).members
-            found |= {extension for extension, one in members.items() if start + one.data == images[n]} & set(MEMBERS)
-        return found
-
 
 class Shard:
     """One shard in the making. `make` makes it; other threads may `help`. Blocks are hashed in order, by whoever brings the next one."""
@@ -112,7 +105,7 @@ class Shard:
         self._number = number
         self._blocks = enumerate(copier.plan.blocks(number))
         self._sink: Sink | None = None
-        self._images: set[str] = set()
+        self._names: list[NDArray[np.bytes_]] = []
         self._errors: dict[int, Exception] = {}
         self._waiting: dict[int, Block] = {}
         self._next = 0
@@ -131,7 +124,7 @@ class Shard:
                 facts: dict[str, Any] = {"samples": samples, "checked": copier.checked}
                 with build.create(name, facts) as sink:
                     self._copy(sink)
-                    facts["images"] = sorted(self._images)
+                    facts["images"] = _extensions(np.concatenate(self._names))
         finally:
             self._end()
         return name
@@ -185,9 +178,10 @@ class Shard:
     def _do(self, sink: Sink, number: int, part: tuple[int, int]) -> None:
         """Copy a block, and hash it if it is its turn, else leave it to whoever copies the one before. Errors are for `make` to raise."""
         try:
-            block, images = self._copier.put(sink, *part)
+            block = self._copier.put(sink, *part)
+            names = self._copier.names(block, *part)
             with self._changed:
-                self._images |= images
+                self._names.append(names)
                 self._waiting[number] = block
                 if self._hashing:
                     return
@@ -244,6 +238,11 @@ def _cancel(futures: Sequence[Future[Any]]) -> None:
 def _stands(noted: Mapping[str, Any] | None, samples: str, *, checked: bool) -> bool:
     """Whether a finished shard can stay: another selection, of an earlier version, may have left it, or a run that did not check."""
     return noted is not None and noted.get("samples") == samples and "images" in noted and (noted["checked"] or not checked)
+
+
+def _extensions(names: NDArray[np.bytes_]) -> list[str]:
+    """Which image members there are among these names, sorted."""
+    return sorted(one for one in MEMBERS if np.char.endswith(names, f".{one}".encode()).any())
 
 
 def image_members(build: Build, shards: Sequence[str]) -> list[str]:

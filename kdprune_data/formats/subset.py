@@ -75,7 +75,7 @@ def plan(parent: Dataset, rows: NDArray[np.int64], limits: Limits, left_out: Spa
     if ((starts | lengths) % tar.BLOCK).any():
         what = f"has records that do not begin and end at multiples of {tar.BLOCK} bytes"
         raise FormatError(f"{parent.folder / indexing.INDEX} {what}: make or fetch it again")
-    whole, first, images = Runs(parent.shards[rows], starts, starts + lengths), np.arange(len(rows) + 1), images - starts
+    whole, first, images = Runs.of(parent.shards[rows], starts, starts + lengths), np.arange(len(rows) + 1), images - starts
     runs = whole
     if left_out is not None:
         runs, first = _without(whole, left_out)
@@ -98,7 +98,7 @@ def _without(whole: Runs, spans: Spans) -> tuple[Runs, NDArray[np.int64]]:
     starts, ends = starts[np.lexsort((starts, records))], ends[np.lexsort((ends, records))]
     left = ends > starts
     records = np.sort(records, kind="stable")[left]
-    return Runs(whole.shards[records], starts[left], ends[left]), np.searchsorted(records, np.arange(len(whole) + 1))
+    return Runs.of(whole.shards[records], starts[left], ends[left]), np.searchsorted(records, np.arange(len(whole) + 1))
 
 
 def _cut(lengths: NDArray[np.int64], limits: Limits) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdprune_data.formats import headers, tar
-from kdprune_data.formats.blocks import Reader, Runs, edges
+from kdprune_data.formats.blocks import Reader, Runs, by_block, edges
 from kdprune_data.formats.dataset import Dataset
 
 AT_ONCE = 1 << 22
@@ -100,12 +100,12 @@ class _Walk:
             np.stack(both, 1).ravel() for both in ((self._shards, self._shards), (self._starts, self._behind), (self._images, self._ends))
         )
         try:
-            block = self._reader.read(Runs(shards, starts, ends))
+            block = self._reader.read(Runs.of(shards, starts, ends))
         except EOFError:
             raise self._parent.changed(int(self._rows[0])) from None
         live = np.arange(len(self._rows))
         while len(live):
-            live = self._step(block.reshape(-1, tar.BLOCK), live)
+            live = self._step(by_block(block), live)
         self._reader.release(block)
         return self._spans(before)
 

@@ -27,7 +27,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def runs_of(*places: tuple[int, int, int]) -> Runs:
     """From (shard, start, end), in tar blocks."""
     shards, starts, ends = np.array(places, np.int64).reshape(-1, 3).T
-    return Runs(shards.astype(np.int32), starts * 512, ends * 512)
+    return Runs.of(shards.astype(np.int32), starts * 512, ends * 512)
 
 
 def drawn(seed: int, mean: int, apart: int) -> Runs:
