@@ -158,3 +158,16 @@ def test_stages(small_parquet: Path) -> None:
     made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
     assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
     assert "the network" in made["rows"][1]["working time"]
+
+
+def test_select_100m(tmp_path: Path) -> None:
+    """The peers keep what `pick` keeps, or the script says so and stops; nothing is left."""
+    pytest.importorskip("duckdb")
+    pytest.importorskip("polars")
+    made = json.loads(ran("select_100m.py", "--rows", 20_000, "--rounds", 1, "--work", tmp_path, "--json"))
+    assert [(row["scores"], row["kept"]) for row in made["rows"]] == [
+        (scores, 10_000) for scores in ("uniform", "poisson") for _ in range(4)
+    ]
+    assert all(row["/ faster peer"] > 0 and row["peak RSS, MB"] > 0 for row in made["rows"])
+    assert [row["method"] for row in made["rows"] if row["goal"]] == ["pick"] * 2
+    assert list(tmp_path.iterdir()) == []
