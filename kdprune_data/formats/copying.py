@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdprune_data.errors import SourceError
 from kdprune_data.formats import tar
 from kdprune_data.formats.blocks import Reader, by_block
 from kdprune_data.formats.build import Build, Sink
@@ -69,12 +70,19 @@ class Copier:
         images = self._images(first, last)
         found = by_block(block)[images // tar.BLOCK - 1, :100]
         for n in np.flatnonzero(found[:, -1]).tolist():  # it may go on in a header of its own before this one
-            start = int(self.plan.offsets[first + n] - self.plan.offsets[first])
-            raw = block[start : start + int(self.plan.lengths[first + n])].tobytes() + tar.END
-            members = [one for record in tar.records(raw, "record") for one in record.members.items()]
-            for extension in (extension for extension, one in members if start + one.data == images[n]):
-                found[n] = np.frombuffer(f".{extension}".encode()[-100:].ljust(100, b"\0"), np.uint8)
+            extension = self._long_name(block, first, first + n).encode()[-100:]
+            found[n] = np.frombuffer(extension.ljust(100, b"\0"), np.uint8)
         return np.ascontiguousarray(found).view("S100")[:, 0]
+
+    def _long_name(self, block: Block, first: int, record: int) -> str:
+        """The dot and the extension of the image member of one record of a block that begins with the first."""
+        start = int(self.plan.offsets[record] - self.plan.offsets[first])
+        raw = block[start : start + int(self.plan.lengths[record])].tobytes() + tar.END
+        try:
+            members = [one for found in tar.records(raw, "record") for one in found.members.items()]
+        except SourceError:
+            raise self.parent.changed(int(self.plan.rows[record])) from None
+        return next((f".{extension}" for extension, one in members if one.data == self.plan.images[record]), "")
 
     def _cut_off(self, first: int, last: int) -> int:
         """The first row whose shard ends before its record does."""
@@ -85,7 +93,7 @@ class Copier:
 
     def _check(self, block: Block, first: int, last: int) -> None:
         rows, starts, view, sha256 = self.plan.rows[first:last], self._images(first, last), block.data, hashlib.sha256
-        ends = starts + self.parent.index["image_length"].to_numpy()[rows]
+        ends = starts + self.plan.image_lengths[first:last]
         found = b"".join([sha256(view[start:end]).digest() for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
         said = self.parent.sha256[rows]
         if found != said.tobytes():

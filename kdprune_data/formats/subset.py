@@ -38,14 +38,15 @@ RANKING = "ranking.parquet"
 @dataclass(frozen=True)
 class Plan:
     """Where each kept record goes. `rows` of the parent, ascending; `cuts`: shard n holds rows[cuts[n]:cuts[n + 1]]; of each new record its
-    `offsets` in the shard, its `lengths`, and where in it the image begins, `images`; `runs`: the bytes of the parent that it is made of,
-    record i of runs[first[i]:first[i + 1]]."""
+    `offsets` in the shard, its `lengths`, where in it the image begins, `images`, and that one's bytes, `image_lengths`; `runs`: the bytes
+    of the parent that it is made of, record i of runs[first[i]:first[i + 1]]."""
 
     rows: NDArray[np.int64]
     cuts: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     images: NDArray[np.int64]
+    image_lengths: NDArray[np.int64]
     runs: Runs
     first: NDArray[np.int64]
 
@@ -69,12 +70,13 @@ def plan(parent: Dataset, rows: NDArray[np.int64], limits: Limits, left_out: Spa
     """Cut the kept rows into shards: each takes records while it stays within the limits, and at least one.
 
     left_out: bytes of the rows' records that are not copied.
-    Raises FormatError when the index is of records that are not whole tar blocks.
+    Raises FormatError when the index is not of records that are whole tar blocks, with the image in them.
     """
-    starts, lengths, images = (parent.index[name].to_numpy()[rows] for name in ("offset", "length", "image_offset"))
-    if ((starts | lengths) % tar.BLOCK).any():
-        what = f"has records that do not begin and end at multiples of {tar.BLOCK} bytes"
-        raise FormatError(f"{parent.folder / indexing.INDEX} {what}: make or fetch it again")
+    columns = (parent.index[name].to_numpy()[rows] for name in ("offset", "length", "image_offset", "image_length"))
+    starts, lengths, images, sizes = columns
+    inside = (images - starts >= tar.BLOCK) & (images + sizes <= starts + lengths)
+    if not (inside & ((starts | lengths | images) % tar.BLOCK == 0)).all():
+        raise FormatError(f"{parent.folder / indexing.INDEX} has places that no record of a tar can have: make or fetch it again")
     whole, first, images = Runs.of(parent.shards[rows], starts, starts + lengths), np.arange(len(rows) + 1), images - starts
     runs = whole
     if left_out is not None:
@@ -82,7 +84,7 @@ def plan(parent: Dataset, rows: NDArray[np.int64], limits: Limits, left_out: Spa
         lengths = lengths - _in_records(left_out, len(rows))
         images = images - _in_records(left_out.some(left_out.starts - starts[left_out.records] < images[left_out.records]), len(rows))
     cuts, offsets = _cut(lengths, limits)
-    return Plan(rows, cuts, offsets, lengths, images, runs, first)
+    return Plan(rows, cuts, offsets, lengths, images, sizes, runs, first)
 
 
 def _in_records(spans: Spans, records: int) -> NDArray[np.int64]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
+import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from kdprune_pipelines import index
 from numpy.typing import NDArray
 
-from kdprune_data.errors import SourceError
+from kdprune_data.errors import FormatError, SourceError
 from kdprune_data.formats import copying, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
@@ -155,6 +160,44 @@ def test_what_an_unchecked_run_has_left_is_not_trusted_by_one_that_checks(
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").glob("*.tar")}
     copied(parent, rows, tmp_path / "x", Limits(200, 10**9), checked=after)
     assert ({path: path.stat().st_mtime_ns for path in (tmp_path / "x").glob("*.tar")} == made) is stays
+
+
+@pytest.mark.parametrize(
+    ("column", "by"),
+    [("offset", 1), ("length", 100), ("image_offset", 8), ("image_offset", -512), ("image_offset", 1 << 40), ("image_length", 9999)],
+)
+def test_an_index_with_places_that_no_record_has_is_refused(parent: Dataset, column: str, by: int) -> None:
+    """Records are moved by whole blocks of the tar: other places would not be copied as they are."""
+    values = parent.index[column].to_pylist()
+    values[7] += by
+    changed = parent.index.set_column(parent.index.schema.get_field_index(column), column, pa.array(values, pa.int64()))
+    with pytest.raises(FormatError, match=r"index.parquet has places that no record of a tar can have: make or fetch it again"):
+        subset.plan(replace(parent, index=changed), np.arange(10), WHOLE)
+    subset.plan(replace(parent, index=changed), np.arange(8, 20), WHOLE)
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("checked", [True, False])
+def test_the_extensions_of_images_are_noted(tmp_path: Path, small_images: list[tuple[bytes, int]], form: int, checked: bool) -> None:
+    """By their names, be they ever so long; where a header was damaged that tells one, it is said of the sample."""
+    with tarfile.open(tmp_path / "x.tar", "w", format=form) as file:
+        for n, (data, label) in enumerate(small_images[:60]):
+            key = f"{'long/' * 30 if n % 2 else ''}{n:03d}"
+            for extension, payload in ((("jpg", "png", "webp")[n % 3], data), ("cls", b"%d" % label)):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(payload)
+                file.addfile(info, io.BytesIO(payload))
+    index.run(index.IndexConfig(shards=(str(tmp_path / "x.tar"),), out=tmp_path / "set"))
+    parent = Dataset.open(tmp_path / "set")
+    for rows, wanted in ((np.arange(60), ["jpg", "png", "webp"]), (np.arange(1, 60, 6), ["png"]), (np.arange(2, 60, 6), ["webp"])):
+        plan = subset.plan(parent, rows, WHOLE)
+        with begun(tmp_path / str(wanted)) as build:
+            assert copying.image_members(build, list(copying.copy(parent, plan, build, 2, checked=checked))) == wanted
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    data[parent.index["offset"][31].as_py() + 156] = ord("7")  # the header that has the long name is none of the kind any more
+    (tmp_path / "x.tar").write_bytes(data)
+    with pytest.raises(SourceError, match=rf"x.tar was changed: sample '{'long/' * 30}031' is not the image that was indexed"):
+        copied(parent, np.arange(60), tmp_path / "y", checked=False)
 
 
 def test_a_copy_that_is_given_up_ends(parent: Dataset, tmp_path: Path) -> None:
