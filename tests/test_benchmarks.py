@@ -153,8 +153,34 @@ def test_shards(small_parquet: Path, tmp_path: Path, script: str, data: str, opt
     assert {"processor", "commit", "n"} <= set(made["machine"])
 
 
+def test_select_copy(small_parquet: Path, tmp_path: Path) -> None:
+    """Both sizes, each from both kinds of shards; that all have written the same samples the script sees to."""
+    data = ("--photos", small_parquet / "photos.parquet", "--bytes", 1000, "--data", small_parquet / "small.parquet", "--samples", 30)
+    ran("select_copy.py", *data, "--rounds", 1, "--work", tmp_path / "work", "--out", tmp_path / "results.json")
+    made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    for images in ("photographs", "32x32"):
+        rows = {(row["packed by"], row["what"]): row for row in made["rows"] if row["images"] == images}
+        assert {what for _, what in rows} >= {"cp", "select", "select --unchecked", "select --normalize", "WebDataset, ShardWriter"}
+        assert rows["WebDataset", "select"]["goal"]
+        assert all(row["by cp"] > 0 and row["peer by this"] > 0 for (_, what), row in rows.items() if what.startswith("select"))
+    assert {"processor", "webdataset", "commit", "n"} <= set(made["machine"])
+
+
 def test_stages(small_parquet: Path) -> None:
     """Every stage of the job is run, and working time is told apart."""
     made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
     assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
     assert "the network" in made["rows"][1]["working time"]
+
+
+def test_select_100m(tmp_path: Path) -> None:
+    """The peers keep what `pick` keeps, or the script says so and stops; nothing is left."""
+    pytest.importorskip("duckdb")
+    pytest.importorskip("polars")
+    made = json.loads(ran("select_100m.py", "--rows", 20_000, "--rounds", 1, "--work", tmp_path, "--json"))
+    assert [(row["scores"], row["kept"]) for row in made["rows"]] == [
+        (scores, 10_000) for scores in ("uniform", "poisson") for _ in range(4)
+    ]
+    assert all(row["/ faster peer"] > 0 and row["peak RSS, MB"] > 0 for row in made["rows"])
+    assert [row["method"] for row in made["rows"] if row["goal"]] == ["pick"] * 2
+    assert list(tmp_path.iterdir()) == []

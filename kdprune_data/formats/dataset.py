@@ -175,14 +175,13 @@ class Dataset:
         else:
             changed = [n for n, one in enumerate(found) if len(one) != ends[n] - starts[n]]
         if changed:
-            raise self._changed(int(at[changed[0]]))
+            raise self.changed(int(at[changed[0]]))
         return found
 
-    def _changed(self, row: int) -> SourceError:
-        return SourceError(
-            f"{self.shard_paths[self.shards[row]]} was changed: sample {self.ids[row]!r} is not the image that was indexed; "
-            f"make or fetch {self.folder} again"
-        )
+    def changed(self, row: int) -> SourceError:
+        """The error for a sample that is not what was indexed any more."""
+        path, sample = self.shard_paths[int(self.shards[row])], self.index["id"][row].as_py()
+        return SourceError(f"{path} was changed: sample {sample!r} is not the image that was indexed; make or fetch {self.folder} again")
 
     def check_outside(self, shards: Sequence[int]) -> None:
         """Raise SourceError unless these shards, where they lie outside the folder, have the bytes that the manifest says."""

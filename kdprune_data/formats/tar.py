@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,10 +214,16 @@ class Maps:
 
 def map_file(path: Path) -> mmap.mmap:
     """A read-only memory map of a file. Raises SourceError when it is missing or empty."""
-    try:
-        with path.open("rb") as file:
+    with opened(path) as file:
+        try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise SourceError(f"{path} is empty: fetch it again") from None
+
+
+def opened(path: Path) -> FileIO:
+    """A file, open for reading, without a buffer. Raises SourceError when it is missing."""
+    try:
+        return path.open("rb", buffering=0)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: it may have been moved; fetch it or index the set again") from None
-    except ValueError:
-        raise SourceError(f"{path} is empty: fetch it again") from None

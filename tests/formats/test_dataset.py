@@ -18,7 +18,7 @@ import pytest
 
 from kdprune_data import images, order
 from kdprune_data.errors import FormatError, MismatchError, SourceError, UsageError
-from kdprune_data.formats import indexing, subset, table, tar
+from kdprune_data.formats import copying, indexing, subset, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -251,7 +251,7 @@ def test_a_plan_cuts_as_the_writer_would(tmp_path: Path, limits: Limits, seed: i
     plan = subset.plan(parent, rows, limits)
     assert subset.index_of(parent, plan).equals(kept.index)
     with Build.begin(tmp_path / "copied", Identity("subset", "x", {}, [])) as build:
-        assert list(subset.copy(parent, plan, build, 3)) == plan.names
+        assert list(copying.copy(parent, plan, build, 3)) == plan.names
     assert [(tmp_path / "copied" / name).read_bytes() for name in plan.names] == [p.read_bytes() for p in kept.shard_paths]
 
 
