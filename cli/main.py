@@ -22,6 +22,7 @@ COMMANDS = {
     "teacher": "Train a network on all the data, or adopt one.",
     "score": "One pass of the teacher: scores of every sample.",
     "select": "Keep a fraction: ids and pruned shards.",
+    "pick": "Keep a fraction of a table of ids and scores: a list of ids.",
     "cache": "The teacher's logits for many views of each sample.",
     "distill": "Train a student from shards and cached soft labels.",
     "export": "Plain WebDataset shards with the soft labels inside.",

@@ -29,8 +29,13 @@ def uids_of(ids: Iterable[str]) -> U64:
 
     Returns uint64 of shape (n,), in the order given.
     """
-    blake = hashlib.blake2b
-    return np.frombuffer(b"".join(blake(i.encode(), digest_size=8).digest() for i in ids), dtype="<u8").astype(np.uint64)
+    begin = hashlib.blake2b(digest_size=8).copy  # faster than a fresh one
+    digests = []
+    for one in ids:
+        hashing = begin()
+        hashing.update(one.encode())
+        digests.append(hashing.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def mix(x: U64) -> U64:

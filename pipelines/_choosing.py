@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,23 @@ from kdprune_pipelines._numbers import Numbers
 from kdprune_pipelines._picks import Picks, say_short
 from numpy.typing import NDArray
 
+from kdprune_data import order
+from kdprune_data.errors import UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.selectors import SELECTORS, Pool
+
+UPWARDS = Context(prec=2, rounding=ROUND_CEILING)
+"""A least value that is told is enough when it is given."""
+
+
+def how_many(text: str, candidates: int, noun: str = "sample") -> tuple[int, Decimal]:
+    """How many of the candidates a fraction keeps, and the fraction. Raises UsageError where it keeps none."""
+    frac = order.fraction(text)
+    keep = order.keep_count(frac, candidates)
+    if keep < 1:
+        needed = 1 / Decimal(2 * candidates)
+        raise UsageError(f"--frac {frac} of {count(candidates, noun)} keeps none: at least {needed.normalize(UPWARDS):f} is needed")
+    return keep, frac
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,23 @@ def open_column(path: Path, column: str | None, hard: str | None) -> Column:
     if column is None:
         raise UsageError(f"which column of {path} ranks? name it with --column")
     listed = foreign.read_scores(path, column)
+    return Column(column, listed, hard_end(path, column, listed.metadata or {}, hard), path)
+
+
+def hard_end(path: Path, column: str, metadata: Mapping[str, str], given: str | None) -> str:
+    """Which end of a column of somebody's file is the hard one, `high` or `low`: as given, as the file says of the column, or as for our
+    score of that name.
+
+    Raises UsageError where nobody says, SourceError where the file says something else.
+    """
     known = SCORES[column].hard if column in SCORES else None
-    stated = (listed.metadata or {}).get("hard")
+    stated = metadata.get("hard")
     if stated not in (None, "high", "low"):
         raise SourceError(f"{path}: column {column!r} says that its hard end is {stated!r}: expected high or low; mend the file")
-    end = hard or stated or known
+    end = given or stated or known
     if end is None:
         raise UsageError(f"which end of column {column!r} is the hard one? say --hard high or --hard low")
-    return Column(column, listed, end, path)
+    return end
 
 
 def columns_of(path: Path | None, column: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """`info`: what an artefact is, and where it came from: kind, counts, settings, files, and its ancestors back to the source.
 
 Of scores also how they are distributed, by class too, and how they agree; of a subset the weights of its samples; of a logit cache what
-storing takes and loses.
+storing takes and loses; of a list that `pick` made its settings and its table.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdprune_pipelines import _distribution, _soft, _weighing
+from kdprune_pipelines import _bf16, _distribution, _soft, _weighing
 from kdprune_pipelines._console import Outcome, count, megabytes
 from kdprune_pipelines._tables import PAGE
 
 from kdprune_data.config import Config, option
+from kdprune_data.formats import listed
 from kdprune_data.formats.dataset import read_weights
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import Manifest
@@ -29,11 +30,15 @@ SHOWN = 12
 class InfoConfig(Config):
     """Settings of `info`."""
 
-    artefact: Path = option(help="The folder of a data set, subset, teacher, student, scores, logit cache or export.", argument=True)
+    artefact: Path = option(
+        help="The folder of a data set, subset, teacher, student, scores, logit cache or export; or a list.", argument=True
+    )
 
 
 def run(config: InfoConfig) -> Outcome:
-    """Describe an artefact. Raises UsageError when the folder is none, FormatError when its files are broken."""
+    """Describe an artefact, or a list. Raises UsageError when it is none, FormatError when its files are broken."""
+    if config.artefact.is_file() and (facts_of_list := listed.read_facts(config.artefact)) is not None:
+        return _list(config.artefact, facts_of_list)
     manifest = Manifest.load(config.artefact)
     facts = {
         "folder": str(config.artefact),
@@ -53,6 +58,20 @@ def run(config: InfoConfig) -> Outcome:
     }
     facts |= _more(config.artefact, manifest)
     return Outcome(config.artefact, facts, "\n".join(_describe(config.artefact, manifest, facts)))
+
+
+def _list(path: Path, made: listed.Facts) -> Outcome:
+    """What a list says of itself."""
+    size = path.stat().st_size
+    facts = {"file": str(path), "kind": "list", "bytes": size, "counts": made.counts, "config": made.config, "inputs": list(made.inputs)}
+    lines = [
+        f"{path}: list, {megabytes(size)}",
+        f"  counts    {', '.join(f'{key} {_plain(value)}' for key, value in made.counts.items())}",
+        *(f"  {'' if n else 'settings':<9} {line}" for n, line in enumerate(_settings(made.config))),
+        "  made from",
+        *(f"    {one['name']}: {count(one['rows'], 'row')}, {megabytes(one['bytes'])}, footer {one['footer'][:12]}" for one in made.inputs),
+    ]
+    return Outcome(path, facts, "\n".join(lines))
 
 
 def _more(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -86,8 +105,10 @@ def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Ite
     if manifest.outside:
         size = megabytes(sum(f.bytes for f in manifest.outside))
         yield f"  outside   {count(len(manifest.outside), 'shard')}, {size}, read where they lie ({Path(manifest.outside[0].path).parent})"
-    shown = [f"{key} {_plain(value)}" for key, value in manifest.counts.items() if key != "per_class"]
+    shown = [f"{key} {_plain(value)}" for key, value in manifest.counts.items() if key not in ("per_class", "bf16")]
     yield f"  counts    {', '.join(shown)}"
+    for n, line in enumerate(_wrapped(_bf16.spoken(manifest.counts["bf16"])) if "bf16" in manifest.counts else ()):
+        yield f"  {'' if n else 'bf16':<9} {line}"
     names = list(manifest.classes)
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     yield f"  classes   {len(names):,}: {', '.join(names[:SHOWN])}{more}"

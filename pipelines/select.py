@@ -15,13 +15,13 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context, Decimal
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from kdprune_pipelines import _methods as methods
 from kdprune_pipelines import _workspace as workspace
-from kdprune_pipelines._choosing import Task, pick, tell_cost
+from kdprune_pipelines._choosing import Task, how_many, pick, tell_cost
 from kdprune_pipelines._console import Outcome, count, megabytes, say
 from kdprune_pipelines._estimate import Estimate, look
 from kdprune_pipelines._filters import DEDUPS, EPS, OWN, Filters, check_digests, check_enough
@@ -46,8 +46,6 @@ from kdprune_data.selectors.ranked import RankedParams
 from kdprune_data.share.cards import Card, dataset_card
 
 RANKING_LIMIT = 10_000_000
-UPWARDS = Context(prec=2, rounding=ROUND_CEILING)
-"""A least value that is told is enough when it is given."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _listed(config: SelectConfig, parent: Dataset) -> Task:
 def _ranked(config: SelectConfig, parent: Dataset) -> Task:
     """A method, what it reads, and the candidates that `--where` leaves it."""
     everyone = parent.usable()
-    keep, frac = _how_many(config, len(everyone))
+    keep, frac = how_many(config.frac or "", len(everyone))
     choice, column = _choice(config)
     filters = Filters(config.where, config.dedup, config.dedup_eps or EPS, config.dedup_clusters)
     numbers = _numbers(config, parent, choice, filters, column)
@@ -258,15 +256,6 @@ def _numbers(config: SelectConfig, parent: Dataset, choice: Choice, filters: Fil
     if given is not None and given.is_file():
         raise UsageError(f"--scores {given} is a file, and a scores folder is read: give one, or rank by a column with --column")
     return Numbers(parent, open_scores(given, parent, needs, file=file), column, others)
-
-
-def _how_many(config: SelectConfig, candidates: int) -> tuple[int, Decimal]:
-    frac = order.fraction(config.frac or "")
-    keep = order.keep_count(frac, candidates)
-    if keep < 1:
-        needed = 1 / Decimal(2 * candidates)
-        raise UsageError(f"--frac {frac} of {count(candidates, 'sample')} keeps none: at least {needed.normalize(UPWARDS):f} is needed")
-    return keep, frac
 
 
 def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:

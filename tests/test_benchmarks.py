@@ -135,6 +135,24 @@ def test_reading(small_parquet: Path, tmp_path: Path, script: str, data: str, op
     assert {"processor", "torch", "commit", "n"} <= set(made["machine"])
 
 
+@pytest.mark.parametrize(
+    ("script", "data", "options", "rows"),
+    [
+        ("index_scan.py", "small", ("--samples", 200, "--photo-samples", 9, "--rounds", 1), 18),
+        ("raw_read.py", "small", ("--samples", 300, "--photo-samples", 9, "--rounds", 1), 12),
+        ("import_bytes.py", "small", ("--samples", 300), 4),
+        ("max_side.py", "photos", ("--samples", 40, "--side", 600, "--sides", 290, 64, "--rounds", 1), 6),
+    ],
+)
+def test_shards(small_parquet: Path, tmp_path: Path, script: str, data: str, options: tuple[object, ...], rows: int) -> None:
+    """Shards that are found, read, made and made smaller: the scripts check themselves that what they compare is the same."""
+    photos = ("--photos", small_parquet / "photos.parquet") if "--photo-samples" in options else ()
+    ran(script, "--data", small_parquet / f"{data}.parquet", "--out", tmp_path / "results.json", *photos, *options)
+    made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(made["rows"]) == rows
+    assert {"processor", "commit", "n"} <= set(made["machine"])
+
+
 def test_select_copy(small_parquet: Path, tmp_path: Path) -> None:
     """Both sizes, each from both kinds of shards; that all have written the same samples the script sees to."""
     data = ("--photos", small_parquet / "photos.parquet", "--bytes", 1000, "--data", small_parquet / "small.parquet", "--samples", 30)
@@ -153,3 +171,16 @@ def test_stages(small_parquet: Path) -> None:
     made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
     assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
     assert "the network" in made["rows"][1]["working time"]
+
+
+def test_select_100m(tmp_path: Path) -> None:
+    """The peers keep what `pick` keeps, or the script says so and stops; nothing is left."""
+    pytest.importorskip("duckdb")
+    pytest.importorskip("polars")
+    made = json.loads(ran("select_100m.py", "--rows", 20_000, "--rounds", 1, "--work", tmp_path, "--json"))
+    assert [(row["scores"], row["kept"]) for row in made["rows"]] == [
+        (scores, 10_000) for scores in ("uniform", "poisson") for _ in range(4)
+    ]
+    assert all(row["/ faster peer"] > 0 and row["peak RSS, MB"] > 0 for row in made["rows"])
+    assert [row["method"] for row in made["rows"] if row["goal"]] == ["pick"] * 2
+    assert list(tmp_path.iterdir()) == []

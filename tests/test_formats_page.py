@@ -348,3 +348,31 @@ def test_the_page_is_read(chain: Path) -> None:
     data = (chain / "data/train/shard-000000.tar").read_bytes()
     with pytest.raises(AssertionError):
         list(members(data[:100] + b"1" + data[101:512] + data[512:]))
+
+
+# --- lists
+
+
+def test_lists(chain: Path, kdprune: Any, tmp_path: Path) -> None:
+    """Columns, metadata, the sha256 of the footer, and which rows of a class are kept."""
+    table, out = next((chain / "scores").glob("*/part-000000.parquet")), tmp_path / "list.parquet"
+    ran = kdprune("pick", table, "--frac", "0.4", "--column", "el2n", "--seed", "7", "--out", out, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    told = section("List")
+    listed = re.findall(r"^\| `(\w+)` \|", told.split("| column of a list |")[1].split("\n\n")[0], re.MULTILINE)
+    assert pq.read_schema(out).names == listed
+    facts = json.loads(pq.read_metadata(out).metadata[b"kdprune"])
+    assert canonical(facts) == pq.read_metadata(out).metadata[b"kdprune"]
+    assert facts.keys() == keys_of(told, "| key | value |").keys()
+    data = table.read_bytes()
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+    known = rows(table)
+    assert facts["inputs"] == [{"name": table.name, "bytes": len(data), "rows": len(known), "footer": sha(footer)}]
+    assert {key: facts["config"][key] for key in ("method", "hard", "keep")} == {"method": "el2n", "hard": "high", "keep": "hard"}
+    quotas = []
+    for label in {row["label"] for row in known}:
+        own = sorted((row for row in known if row["label"] == label), key=lambda row: (-row["el2n"], order_hash(row["id"], 7, "select")))
+        quotas += [((2 * r + 1) / (2 * len(own)), label, row["id"]) for r, row in enumerate(own)]
+    kept = {name for _, _, name in sorted(quotas)[: int(0.4 * len(known) + 0.5)]}
+    assert [row["id"] for row in rows(out)] == [row["id"] for row in known if row["id"] in kept]
+    assert facts["counts"] == {"candidates": len(known), "kept": len(kept), "classes": 10, "fewest": 1, "most": 2}

@@ -43,8 +43,8 @@ def refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, An
     if there["kind"] != wanted["kind"]:
         there_kind, kind = (f"{'an' if one['kind'] == 'export' else 'a'} {one['kind']}" for one in (there, wanted))
         raise ExistsError(f"{folder} holds {there_kind}, not {kind}: choose another --out")
-    inputs = [f"input {line}" for line in _differences(there["inputs"], wanted["inputs"])]
-    differs = _differences(there["config"], wanted["config"]) + inputs
+    inputs = [f"input {line}" for line in differences(there["inputs"], wanted["inputs"])]
+    differs = differences(there["config"], wanted["config"]) + inputs
     shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
     # A data set's own name is its split, and splits that belong together stand side by side: another goes beside all of them.
     split = wanted["kind"] == "dataset" and bool(folder.parent.name)
@@ -57,14 +57,15 @@ def refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, An
     raise ExistsError(f"{folder} {what} with other settings ({shown}): use {elsewhere} for another, or --overwrite to replace it")
 
 
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, a line each, for messages."""
     found = []
     for key in sorted(there.keys() | wanted.keys()):
         a, b = there.get(key), wanted.get(key)
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            found += [f"{key}.{line}" for line in _differences(a, b)]
+            found += [f"{key}.{line}" for line in differences(a, b)]
         else:
             found.append(f"{key} is {_short(a)}, now {_short(b)}")
     return found

@@ -24,10 +24,7 @@ LONGEST_NAME = 240
 
 def check_name(folder: Path, identity: Identity) -> None:
     """Raise UsageError for a name that is too long, is not text, or does not fit on a line: before the work, not when it is sealed."""
-    for part in folder.parts:
-        size, limit = len(os.fsencode(part)), LONGEST_NAME if part == folder.name else 255
-        if size > limit:
-            raise UsageError(f"the folder name {part[:20]!r}... is {size:,} bytes long: at most {limit} fit; choose a shorter one")
+    check_length(folder)
     try:
         identity.name.encode()
     except UnicodeEncodeError:
@@ -36,14 +33,28 @@ def check_name(folder: Path, identity: Identity) -> None:
         raise UsageError(f"the folder name {folder.name!r} holds a control character: choose another --name or --out")
 
 
+def check_length(path: Path, what: str = "folder") -> None:
+    """Raise UsageError where a name, or that of a folder around it, is too long."""
+    for part in path.parts:
+        size, limit = len(os.fsencode(part)), LONGEST_NAME if part == path.name else 255
+        if size > limit:
+            what = what if part == path.name else "folder"
+            raise UsageError(f"the {what} name {part[:20]!r}... is {size:,} bytes long: at most {limit} fit; choose a shorter one")
+
+
 def check_ours(folder: Path) -> None:
     """Raise ExistsError for a folder that holds anything but an artefact: nothing else is continued or replaced."""
     if file := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
         raise ExistsError(f"{file} is a file, not a folder: choose another --out")
     if not _is_ours(folder) and folder.exists() and any(folder.iterdir()):
         raise ExistsError(f"{folder} holds files that are not an artefact: choose another --out, or empty it yourself")
-    if around := next((p for p in folder.absolute().parents if _is_ours(p)), None):
-        raise ExistsError(f"{folder} lies inside an artefact ({around}), which would hold a file too many: choose another --out")
+    check_around(folder)
+
+
+def check_around(path: Path) -> None:
+    """Raise ExistsError for a path inside an artefact: nothing else stands there."""
+    if around := next((p for p in path.absolute().parents if _is_ours(p)), None):
+        raise ExistsError(f"{path} lies inside an artefact ({around}), which would hold a file too many: choose another --out")
 
 
 def _is_ours(folder: Path) -> bool:

@@ -16,23 +16,20 @@ from kdprune_data.formats.build import Sink
 ROW_GROUP = 1 << 20
 
 
-def write(sink: IO[bytes] | Sink, table: pa.Table) -> None:
-    """Write a table as Parquet: zstd, strings as differences, floats split by byte (half the size of the library's default)."""
+def options(schema: pa.Schema) -> dict[str, Any]:
+    """How Parquet is written: zstd, strings as differences, floats split by byte (half the size of the library's default)."""
     encodings = {}
-    for field in table.schema:
+    for field in schema:
         if pa.types.is_string(field.type):
             encodings[field.name] = "DELTA_BYTE_ARRAY"
         elif pa.types.is_floating(field.type):
             encodings[field.name] = "BYTE_STREAM_SPLIT"
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=False,
-        column_encoding=encodings,
-        row_group_size=ROW_GROUP,
-    )
+    return {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "column_encoding": encodings}
+
+
+def write(sink: IO[bytes] | Sink, table: pa.Table) -> None:
+    """Write a table as Parquet."""
+    pq.write_table(table, sink, row_group_size=ROW_GROUP, **options(table.schema))
 
 
 def to_bytes(table: pa.Table) -> bytes:

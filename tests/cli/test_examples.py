@@ -120,10 +120,11 @@ class Maker:
         shutil.copytree(self.few_digits / "train", path)
 
     def _parquet(self, path: Path) -> None:
-        if "--column" in self.words:
-            rows = pq.read_table(self.finished / "data/train/index.parquet")
-            column = self.words[self.words.index("--column") + 1]
-            pq.write_table(pa.table({"id": rows["id"], column: pa.array(range(len(rows)), pa.float32())}), path)
+        if "--column" in self.words or self.words[0] == "pick":
+            rows = pq.read_table(self.finished / "data/train/index.parquet").select(["id", "label"])
+            if "--column" in self.words:
+                rows = rows.append_column(self.words[self.words.index("--column") + 1], pa.array(range(len(rows)), pa.float32()))
+            pq.write_table(rows, path)
             return
         files = sorted((self.few_digits / "train").glob("*/*.png"))
         images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]

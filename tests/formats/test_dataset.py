@@ -22,7 +22,7 @@ from kdprune_data.formats import copying, indexing, subset, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.shard import Sample
+from kdprune_data.formats.shard import Handling, Sample
 from kdprune_data.formats.shards import Limits, ShardWriter
 
 COLUMNS = {  # docs/formats.md, as DuckDB calls the types
@@ -49,7 +49,7 @@ def sample(n: int, size: int = 3, label: int | None = 0) -> Sample:
 def written(folder: Path, samples: list[Sample], *, limits: Limits, jobs: int = 2, keep_bad: bool = False) -> Build:
     """Shards and index of some samples, with the build left open for more."""
     build = Build.begin(folder, Identity("dataset", "train", {"split": "train"}, []))
-    with ShardWriter(build, limits=limits, jobs=jobs, keep_bad=keep_bad) as writer:
+    with ShardWriter(build, limits=limits, jobs=jobs, handling=Handling(keep_bad)) as writer:
         for one in samples:
             writer.add(one)
         index = writer.finish()
@@ -209,7 +209,7 @@ def test_shards_left_by_an_interrupted_run_are_taken_as_they_are(tmp_path: Path,
         return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
 
     samples = [sample(n) for n in range(20)]
-    with begin("x") as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False, window=0) as writer:
+    with begin("x") as build, ShardWriter(build, limits=Limits(5), jobs=jobs, handling=Handling(), window=0) as writer:
         for one in samples[:12]:
             writer.add(one)
     stamps = shards()
@@ -219,7 +219,7 @@ def test_shards_left_by_an_interrupted_run_are_taken_as_they_are(tmp_path: Path,
         samples[7] = Sample("007", samples[8].data, 0, "")
 
     def write(name: str) -> pa.Table:
-        with begin(name) as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False) as writer:
+        with begin(name) as build, ShardWriter(build, limits=Limits(5), jobs=jobs, handling=Handling()) as writer:
             for one in samples:
                 writer.add(one)
             return writer.finish()
