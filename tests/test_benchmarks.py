@@ -156,7 +156,7 @@ def test_shards(small_parquet: Path, tmp_path: Path, script: str, data: str, opt
 def test_select_copy(small_parquet: Path, tmp_path: Path) -> None:
     """Both sizes, each from both kinds of shards; that all have written the same samples the script sees to."""
     data = ("--photos", small_parquet / "photos.parquet", "--bytes", 1000, "--data", small_parquet / "small.parquet", "--samples", 30)
-    ran("select_copy.py", *data, "--rounds", 1, "--work", tmp_path / "work", "--out", tmp_path / "results.json")
+    ran("select_copy.py", *data, "--rounds", 1, "--peer-rounds", 1, "--work", tmp_path / "work", "--out", tmp_path / "results.json")
     made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     for images in ("photographs", "32x32"):
         rows = {(row["packed by"], row["what"]): row for row in made["rows"] if row["images"] == images}
