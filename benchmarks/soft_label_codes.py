@@ -174,7 +174,6 @@ def main() -> None:
     made.add_argument("--samples", type=int, default=2000)
     made.add_argument("--views", type=int, default=64)
     made.add_argument("--synthetic", type=int, default=1000, help="Classes of the synthetic logits.")
-    made.add_argument("--out", type=Path, help="Write all of it there as JSON.")
     made.add_argument("--logits", type=Path, help="A folder to keep what the teacher says in, for another run.")
     asked = made.parse_args()
     saved = open_model(asked.teacher)

@@ -14,7 +14,7 @@ from kdprune_data._version import __version__
 if TYPE_CHECKING:
     from kdprune_data.formats.dataset import Dataset
     from kdprune_data.formats.logits import LogitCache
-    from kdprune_data.learn.stream import SoftLabelDataset
+    from kdprune_data.learn.loader import SoftLabelDataset
     from kdprune_data.learn.webdataset import as_webdataset
 
 __all__ = ["Dataset", "LogitCache", "SoftLabelDataset", "as_webdataset", "__version__"]
@@ -22,7 +22,7 @@ __all__ = ["Dataset", "LogitCache", "SoftLabelDataset", "as_webdataset", "__vers
 _HOMES = {
     "Dataset": "kdprune_data.formats.dataset",
     "LogitCache": "kdprune_data.formats.logits",
-    "SoftLabelDataset": "kdprune_data.learn.stream",
+    "SoftLabelDataset": "kdprune_data.learn.loader",
     "as_webdataset": "kdprune_data.learn.webdataset",
 }
 

@@ -22,6 +22,8 @@ EXTENSIONS = ("jpg", "png", "webp")
 MEMBERS = (*EXTENSIONS, "jpeg")
 """What the image members of shards are called; `jpeg` only in shards that others wrote."""
 DECODER = "libjpeg-turbo, Pillow"
+SCALED_DECODER = "libjpeg-turbo scaled, Pillow"
+"""What policies of views call the decoders: the contract, and the one that decodes JPEGs no larger than they are needed."""
 PIXEL_LIMIT = 178_956_970
 """Largest image decoded, in pixels: Pillow's own limit against decompression bombs."""
 
@@ -93,8 +95,10 @@ def _positive(height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
+def decode(data: bytes, eighths: int = 8) -> NDArray[np.uint8]:
     """An encoded image as RGB: uint8 of shape (height, width, 3).
+
+    eighths: 1, 2, 4 or 8; a JPEG is decoded at so many eighths of its size, its sides rounded up, from fewer coefficients of its blocks.
 
     Raises SourceError when it does not decode whole, or has more pixels than PIXEL_LIMIT.
     """
@@ -102,7 +106,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             if space in ("YCbCr", "RGB", "Gray") and height * width <= PIXEL_LIMIT:
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
+                high, wide = (0 if eighths == 8 else -(-side * eighths // 8) for side in (height, width))
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=high, min_width=wide)
                 return pixels
         except ValueError:
             pass  # Pillow decides whether it is an image after all

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+from kdprune_pipelines._bf16 import lowered
 from kdprune_pipelines._models import Saved
 from numpy.typing import NDArray
 
@@ -24,11 +25,24 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kdprune_data.learn.stream import Images
-    from kdprune_data.learn.views import Geometry, Pixels, Policy
+    from kdprune_data.learn.views import Geometry, Picture, Pixels, Policy
 
 DECODED_AT_ONCE = 32
 RENDERED_BYTES = 64_000_000
 """Views that wait to be shown to the teacher take about this much memory, however many there are."""
+
+
+Decoded = tuple[NDArray[np.int64], "Pixels | list[Picture]"]
+"""Places in the rows that are asked about, and the images of these."""
+
+
+class Shown(NamedTuple):
+    """A view as teachers see it, of places in the rows that are asked about: its place among the views asked for, and uint8 of shape
+    (n, 3, s, s)."""
+
+    at: NDArray[np.int64]
+    view: int
+    pixels: torch.Tensor
 
 
 class Source(Protocol):
@@ -70,7 +84,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Teachers:
-    """One teacher, or several of which the mean of the probabilities at `temperature` is taken. `jobs`: threads that decode and render."""
+    """One teacher, or several of which the mean of the probabilities at `temperature` is taken. `jobs`: threads that decode and render;
+    `exact`: where `nets` are asked in bf16, those in float32."""
 
     images: Images
     policy: Policy
@@ -80,6 +95,15 @@ class Teachers:
     temperature: float | None
     batch: int
     jobs: int
+    exact: Sequence[nn.Module] = ()
+
+    def in_bf16(self) -> Teachers:
+        """These, asked in bf16. Raises UsageError for a network that cannot be."""
+        return replace(self, nets=lowered(self.nets, size=self.policy.size, device=self.device), exact=self.nets)
+
+    def in_float32(self) -> Teachers:
+        """These, asked in float32."""
+        return replace(self, nets=self.exact, exact=()) if self.exact else self
 
     @property
     def data(self) -> Dataset:
@@ -96,14 +120,20 @@ class Teachers:
         self, rows: NDArray[np.int64], views: Sequence[int], batches: Iterable[NDArray[np.int64]]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """See `Source`."""
-        from kdprune_data.learn.inference import evaluating
+        from kdprune_data.learn.inference import evaluating, overlapped
 
         boxes = [self.boxes(rows, view) for view in views]
         with ExitStack() as stack:
             nets = [stack.enter_context(evaluating(net, self.device)) for net in self.nets]
-            for at, images in self._decoded(rows, batches):
-                for n, pixels in enumerate(self._rendered(images, [box.take(at) for box in boxes])):
-                    yield n, self._finite(self._logits(nets, pixels), rows[at])
+
+            def begin(shown: Shown) -> tuple[Shown, torch.Tensor]:
+                return shown, self._logits(nets, shown.pixels)
+
+            def end(begun: tuple[Shown, torch.Tensor]) -> tuple[int, NDArray[np.float32]]:
+                shown, logits = begun
+                return shown.view, self._finite(logits.cpu(), rows[shown.at])
+
+            yield from overlapped(begin, end, self._shown(rows, boxes, batches), self.device)
 
     def metadata(self) -> dict[str, Any]:
         """See `Source`."""
@@ -114,10 +144,11 @@ class Teachers:
 
     def _logits(self, nets: Sequence[nn.Module], pixels: torch.Tensor) -> torch.Tensor:
         from kdprune_data.learn.inference import together
+        from kdprune_data.learn.memory import sent
 
-        on_device = pixels.to(self.device)
+        on_device = sent(pixels, self.device)
         each: list[torch.Tensor] = [net(one.normalisation.apply(on_device)).float() for net, one in zip(nets, self.saved, strict=True)]
-        return together(each, self.temperature).cpu()
+        return together(each, self.temperature)
 
     def _finite(self, logits: torch.Tensor, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch
@@ -127,46 +158,79 @@ class Teachers:
             raise SourceError(f"the teacher's logits of {some(bad)} are not finite numbers: its weights are broken; use another")
         return np.asarray(logits.numpy())
 
-    def _decoded(
-        self, rows: NDArray[np.int64], batches: Iterable[NDArray[np.int64]]
-    ) -> Iterator[tuple[NDArray[np.int64], Pixels | list[Pixels]]]:
+    def _shown(self, rows: NDArray[np.int64], boxes: Sequence[Geometry], batches: Iterable[NDArray[np.int64]]) -> Iterator[Shown]:
+        """Every view of each batch of places in `rows`, rendered a little ahead. Small images are decoded for the next batch meanwhile;
+        of photographs one batch is held at a time."""
+        decoded = self._decoded(rows, batches)
+        if self._renders_there():
+            yield from self._rendered_there(decoded, boxes)
+        elif self._small():
+            yield from self._rendered(decoded, boxes)
+        else:
+            for one in decoded:
+                yield from self._rendered([one], boxes)
+
+    def _small(self) -> bool:
+        """Whether batches of decoded images, as many as may wait, take no more memory than views that wait."""
+        largest = int(self.data.sizes.astype(np.int64).prod(1).max(initial=1))
+        return self.images.equal and not self.policy.scaled and 3 * largest * self.batch * self._ahead <= RENDERED_BYTES
+
+    @property
+    def _ahead(self) -> int:
+        """Parts that `prefetch` holds, and the one that is used."""
+        return 2 * self.jobs + 2
+
+    def _decoded(self, rows: NDArray[np.int64], batches: Iterable[NDArray[np.int64]]) -> Iterator[Decoded]:
         """Batches of places in `rows`, each with its images. A few samples are decoded ahead, not a few batches: photographs are large."""
         from kdprune_data.learn.stream import prefetch
 
         places = list(batches)
         parts = [list(order.batches(at, DECODED_AT_ONCE)) for at in places]
-        ready = prefetch(lambda at: self.images.get(rows[at]), chain.from_iterable(parts), self.jobs)
+        get = self.images.scalable if self.policy.scaled else self.images.get
+        ready = prefetch(lambda at: get(rows[at]), chain.from_iterable(parts), self.jobs)
         for at, some_parts in zip(places, parts, strict=True):
             found = [next(ready) for _ in some_parts]
-            yield at, np.concatenate(found) if self.images.equal else list(chain.from_iterable(found))
+            whole = [one for one in found if isinstance(one, np.ndarray)]
+            yield at, np.concatenate(whole) if whole else list(chain.from_iterable(found))
 
-    def _rendered(self, images: Pixels | list[Pixels], boxes: Sequence[Geometry]) -> Iterator[torch.Tensor]:
-        """The views of a batch, one after the other, rendered a little ahead in parts of so many samples that memory stays bounded."""
+    def _rendered(self, decoded: Iterable[Decoded], boxes: Sequence[Geometry]) -> Iterator[Shown]:
+        """The views of batches, one after the other, in parts of so many samples that memory stays bounded."""
+        from kdprune_data.learn import views
+        from kdprune_data.learn.inference import joined
+        from kdprune_data.learn.stream import prefetch
+
+        most = max(1, RENDERED_BYTES // (self._ahead * 3 * self.policy.size**2))
+
+        def parts() -> Iterator[tuple[Decoded, int, NDArray[np.int64]]]:
+            for one in decoded:
+                yield from ((one, n, part) for n, part in product(range(len(boxes)), order.batches(np.arange(len(one[0])), most)))
+
+        def make(item: tuple[Decoded, int, NDArray[np.int64]]) -> Shown:
+            (at, images), n, part = item
+            return Shown(at, n, views.shown(self.policy, images[part[0] : part[-1] + 1], boxes[n].take(at[part])))
+
+        pieces: list[torch.Tensor] = []
+        for piece in prefetch(make, parts(), self.jobs):
+            pieces.append(piece.pixels)
+            if sum(map(len, pieces)) == len(piece.at):
+                yield piece._replace(pixels=joined(pieces))
+                pieces.clear()
+
+    def _rendered_there(self, decoded: Iterable[Decoded], boxes: Sequence[Geometry]) -> Iterator[Shown]:
+        """The same on the device: images travel once for all views, and after that only boxes."""
         import torch
 
         from kdprune_data.learn import views
-        from kdprune_data.learn.stream import prefetch
+        from kdprune_data.learn.memory import sent
 
-        if isinstance(images, np.ndarray) and self._renders_there():
-            held = torch.from_numpy(images).to(self.device)  # once for all views: only boxes travel after that
-            for box in boxes:
-                yield views.render(held, box, self.policy.size, self.device)
-            return
-        n, size = len(images), self.policy.size
-        ahead = 2 * self.jobs + 2  # parts that `prefetch` holds, and the one that is used
-        parts = list(order.batches(np.arange(n), max(1, RENDERED_BYTES // (ahead * 3 * size * size))))
-
-        def make(part: tuple[Geometry, NDArray[np.int64]]) -> torch.Tensor:
-            box, at = part
-            return views.render(images[at[0] : at[-1] + 1], box.take(at), size)
-
-        ready = prefetch(make, product(boxes, parts), self.jobs)
-        for _ in boxes:
-            yield torch.cat([next(ready) for _ in parts])
+        for at, images in decoded:
+            held = sent(torch.from_numpy(images), self.device)
+            for n, box in enumerate(boxes):
+                yield Shown(at, n, views.shown(self.policy, held, box.take(at), self.device))
 
     def _renders_there(self) -> bool:
         """Whether views are rendered on the device: padded crops, which are exact everywhere, where that is not the CPU."""
-        return self.device.type != "cpu" and "pad" in self.policy.to_dict()
+        return self.device.type != "cpu" and self.images.equal and "pad" in self.policy.to_dict()
 
 
 def check_alike(saved: Sequence[Saved], data: Dataset) -> None:

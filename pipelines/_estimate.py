@@ -95,8 +95,9 @@ def measure(work: Iterator[int], total: int) -> float:
     return spent * total / counted if counted else 0.0
 
 
-def measure_growing(work: Iterator[int], total: int) -> float:
-    """As `measure`, for work in `growing` parts: the largest tell what the rest costs, and none is begun that would take too long.
+def measure_growing(work: Iterator[int], total: int, share: float = 1.0) -> float:
+    """As `measure`, for work in `growing` parts: the largest tell what the rest costs, and none is begun that would take too long, or when
+    this share of what the whole would take has been spent.
 
     The first step loads and warms up what the others use, which may take longer than all of them: its time does not count.
     """
@@ -109,7 +110,7 @@ def measure_growing(work: Iterator[int], total: int) -> float:
         spent.setdefault(units, []).append(seconds)
         if step == 0:
             began = now
-        elif now - began + 2 * seconds > MOST_SECONDS:
+        elif now - began + 2 * seconds > MOST_SECONDS or now - began > share * seconds * total / units:
             break
         if done >= total:
             break

@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kdprune_data import order
 from kdprune_data.errors import UsageError
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.shard import Sample, check
+from kdprune_data.formats.shard import Handling, Sample, check
 from kdprune_data.formats.shards import BATCH_SAMPLES, Limits
 from kdprune_data.formats.tar import BLOCK
 from kdprune_data.sources import Outline, Source, numbered
@@ -103,22 +103,44 @@ class Place(NamedTuple):
     identity: Identity
 
 
-def estimate(
-    source: Source, plan: Plan, places: Mapping[str, Place], *, limits: Limits, memory: int, jobs: int, overwrite: bool = False
-) -> Outcome:
-    """What the import would make, and in what time: of at most 3 seconds of reading, spooling (in memory), checking and packing."""
+class Way(NamedTuple):
+    """How an import goes about it: the limits of shards, `--memory` in bytes, threads, and what becomes of images."""
+
+    limits: Limits
+    memory: int
+    jobs: int
+    handling: Handling
+
+
+@dataclass
+class Weighed:
+    """Bytes of the images that a dry run has tried: as they came, and as they would be stored."""
+
+    came: int = 0
+    stored: int = 0
+
+    def of(self, size: int) -> int:
+        """What so many bytes of images would be when stored."""
+        return size * self.stored // self.came if self.came else size
+
+
+def estimate(source: Source, plan: Plan, places: Mapping[str, Place], way: Way, *, overwrite: bool = False) -> Outcome:
+    """What the import would make, and in what time: of at most 3 seconds of reading, spooling (in memory), checking and packing.
+
+    Where images are resized, what they take is scaled from those that were tried.
+    """
     states = {split: look(place.folder, place.identity, overwrite=overwrite) for split, place in places.items()}
-    shuffle = plan.order(source, Path(), Shares.of(memory))
+    shuffle = plan.order(source, Path(), Shares.of(way.memory))
     spools = shuffle is not None and shuffle.spools
-    seconds = 0.0
+    seconds, weighed = 0.0, Weighed()
     if any(state != "finished" for state in states.values()):
-        seconds = measure(_work(source, jobs, spools=spools), len(source))
+        seconds = measure(_work(source, way, weighed, spools=spools), len(source))
     aside = int(plan.aside(source.outline).sum())
     outcomes = {}
     for split, place in places.items():
         samples = aside if len(places) > 1 and split == "val" else len(source) - aside
-        size = source.bytes * samples // len(source) + samples * (BLOCK * 5 // 2 + INDEX_BYTES)
-        shards = max(-(-samples // limits.samples), -(-size // limits.bytes))
+        size = weighed.of(source.bytes) * samples // len(source) + samples * (BLOCK * 5 // 2 + INDEX_BYTES)
+        shards = max(-(-samples // way.limits.samples), -(-size // way.limits.bytes))
         counts = {"sample": samples, "class": len(source.classes), "shard": shards}
         outcomes[split] = Estimate(place.folder, states[split], counts, size, seconds * samples / len(source)).outcome()
     first, *rest = outcomes
@@ -126,9 +148,10 @@ def estimate(
     return Outcome(None, facts, "\n".join(one.text for one in outcomes.values()))
 
 
-def _work(source: Source, jobs: int, *, spools: bool) -> Iterator[int]:
+def _work(source: Source, way: Way, weighed: Weighed, *, spools: bool) -> Iterator[int]:
     """Import samples into nothing, a batch for each thread at a time; yields how many."""
     batch: list[Sample] = []
+    jobs, handling = way.jobs, replace(way.handling, keep_bad=True)
     with ThreadPoolExecutor(jobs) as pool:
         for row, item in numbered(source):
             if spools:
@@ -138,8 +161,11 @@ def _work(source: Source, jobs: int, *, spools: bool) -> Iterator[int]:
                 _, item = next(unspool(file))
             batch.append(Sample(item.key, item.data, item.label, item.origin, item.others))
             if len(batch) >= jobs * BATCH_SAMPLES or row + 1 == len(source):
-                list(pool.map(lambda part: check(part, decode=True, keep_bad=True), [batch[n::jobs] for n in range(jobs)]))
-                for sample in batch:
-                    hashlib.sha256(sample.record()).digest()
+                parts = [batch[n::jobs] for n in range(jobs)]
+                for part, checked in zip(parts, pool.map(lambda part: check(part, handling, decode=True), parts), strict=True):
+                    for sample, found in zip(part, checked, strict=True):
+                        hashlib.sha256(sample.record()).digest()
+                        weighed.came += len(sample.data)
+                        weighed.stored += len(sample.data if found.data is None else found.data)
                 yield len(batch)
                 batch = []

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from kdprune_pipelines import _pruned
 from kdprune_pipelines._console import count, say
-from kdprune_pipelines._estimate import measure
+from kdprune_pipelines._pruned import Copying, Cost
 from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import MismatchError, SourceError, some
-from kdprune_data.formats import foreign, subset, table, tar
+from kdprune_data.formats import foreign, table, tar
 from kdprune_data.formats.dataset import Dataset
-from kdprune_data.formats.shards import Limits
 
 TABLE_ROWS = 10_000
 """From so many rows the size of the tables is told."""
@@ -97,46 +95,20 @@ def say_short(picks: Picks) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What writing a subset takes."""
-
-    shards: int
-    bytes: int
-    seconds: float
-
-
-def cost(picks: Picks, limits: Limits | None, *, jobs: int, ranking: bool) -> Cost:
-    """The tars to the byte, from the plan (limits None: there are none); the tables from what their first rows take.
-
-    The time is that of reading and hashing, measured on the first records.
-    """
+def cost(picks: Picks, how: Copying | None, *, ranking: bool) -> Cost:
+    """What writing a subset takes: its shards (how None: there are none), and tables, as large as their first rows tell."""
     parent, rows = picks.parent, picks.rows
-    shards, tars, copying = 0, 0, 0.0
-    if limits is not None:
-        plan = subset.plan(parent, rows, limits)
-        shards = len(plan.names)
-        tars = int(parent.index["length"].to_numpy()[rows].sum()) + shards * len(tar.END)
-        copying = measure(_copied(parent, plan), tars) / min(jobs, os.cpu_count() or 1, shards)
+    tars = Cost() if how is None else _pruned.cost(parent, rows, how)
     first = parent.index.take(rows[:TABLE_ROWS])
     row = len(table.to_bytes(first)) / len(first)
     tables = int(2 * row * len(rows) + (row + 8) * (len(picks.candidates) if ranking else 0))
-    return Cost(shards, tars + tables, copying)
+    return replace(tars, bytes=tars.bytes + tables)
 
 
-def rough_cost(parent: Dataset, candidates: NDArray[np.int64], keep: int, limits: Limits | None) -> Cost:
+def rough_cost(parent: Dataset, candidates: NDArray[np.int64], keep: int, how: Copying | None) -> Cost:
     """As `cost`, of any `keep` of the candidates: where choosing takes long. Without a ranking, and without time."""
     record = parent.index["length"].to_numpy()[candidates].mean()
-    tars = 0 if limits is None else int(record * keep)
-    shards = 0 if limits is None else max(-(-keep // limits.samples), -(-tars // limits.bytes))
+    tars = 0 if how is None else int(record * keep)
+    shards = 0 if how is None else max(-(-keep // how.limits.samples), -(-tars // how.limits.bytes))
     first = parent.index.take(candidates[:TABLE_ROWS])
-    return Cost(shards, tars + shards * len(tar.END) + int(2 * len(table.to_bytes(first)) / len(first) * keep), 0.0)
-
-
-def _copied(parent: Dataset, plan: subset.Plan) -> Iterator[int]:
-    """Read and hash planned shards; the bytes done, step by step."""
-    for number in range(len(plan.names)):
-        digest = hashlib.sha256()
-        for piece in subset.pieces(parent, plan, number):
-            digest.update(piece)
-            yield len(piece)
+    return Cost(shards, tars + shards * len(tar.END) + int(2 * len(table.to_bytes(first)) / len(first) * keep))

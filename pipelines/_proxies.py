@@ -7,6 +7,7 @@ in their training. Each is a model folder of its own, `proxies/NAME-eE-pN`, cont
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from kdprune_pipelines._teaching import Setup
 
 from kdprune_data import order
 from kdprune_data.errors import ExistsError, FormatError, KdpruneError, UsageError
+from kdprune_data.formats import standing
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -146,6 +148,19 @@ def as_inputs(proxies: list[Proxy], there: Mapping[str, str]) -> list[Mapping[st
         else:
             found.append({"role": "proxy", "digest": there.get(f"proxy {n + 1}" if n else "proxy"), "inputs": []})
     return found
+
+
+def noted(folder: Path) -> dict[str, str]:
+    """The digests of the inputs, by role, of what stands in the folder that is to be written, finished or not; none where that cannot be
+    read, which is refused, or replaced, when the folder is begun."""
+    found: Any = None
+    with suppress(OSError, KdpruneError):
+        if (folder / NAME).is_file():
+            there = Manifest.read(folder)
+            found = Identity(there.kind, there.name, there.config, there.inputs).to_json()["inputs"]
+        else:
+            found = (standing.noted(folder) or {}).get("inputs")
+    return found if isinstance(found, dict) else {}
 
 
 def make_all(proxies: list[Proxy]) -> None:

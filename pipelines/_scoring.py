@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from kdprune_pipelines import _costs
+from kdprune_pipelines._bf16 import lowered
 from kdprune_pipelines._columns import Columns
 from kdprune_pipelines._console import bar, count, say
 from numpy.typing import NDArray
@@ -46,7 +47,8 @@ BLAMED = {
 @dataclass(frozen=True)
 class Networks:
     """The networks by what they are asked for: `early` and `final` scores, each the mean over its networks; `teacher` for the files of
-    embeddings and logits, None where none are written. `size`: the side of their input, in pixels."""
+    embeddings and logits, None where none are written. `size`: the side of their input, in pixels; `exact`: of networks that are asked in
+    bf16, by their ids, those in float32, which scores from the network itself are computed of."""
 
     early: Sequence[nn.Module]
     final: Sequence[nn.Module]
@@ -54,12 +56,26 @@ class Networks:
     normalisation: Normalisation
     size: int
     device: torch.device
+    exact: Mapping[int, nn.Module] = field(default_factory=dict)
 
     @property
     def all(self) -> list[nn.Module]:
         """Each once."""
         found = {id(net): net for net in (*self.early, *self.final, *([] if self.teacher is None else [self.teacher]))}
         return list(found.values())
+
+    def in_bf16(self) -> Networks:
+        """These, asked in bf16. Raises UsageError for a network that cannot be."""
+        made = dict(zip(map(id, self.all), lowered(self.all, size=self.size, device=self.device), strict=True))
+        return replace(self._turned(made), exact={id(made[id(net)]): net for net in self.all})
+
+    def in_float32(self) -> Networks:
+        """These, asked in float32."""
+        return replace(self._turned(self.exact), exact={}) if self.exact else self
+
+    def _turned(self, into: Mapping[int, nn.Module]) -> Networks:
+        early, final = ([into[id(net)] for net in nets] for nets in (self.early, self.final))
+        return replace(self, early=early, final=final, teacher=None if self.teacher is None else into[id(self.teacher)])
 
 
 @dataclass(frozen=True)
@@ -129,47 +145,69 @@ def _one_shard(scorer: Scorer, build: Build, shard: int, tick: Callable[[int], N
     return columns
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What the networks say of a batch, each by its id. images: as they see them; truth: labels, int64 of shape (n,)."""
+
+    images: Tensor
+    truth: Tensor
+    outputs: Mapping[int, Outputs]
+
+
 def scored(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[tuple[Values, dict[str, NDArray[np.float16]]]]:
     """The scores of each batch of rows that the networks give, and its embedding and logits."""
-    from kdprune_data.learn.inference import evaluating, evaluation_batches
-
-    networks = scorer.networks
-    with ExitStack() as stack:
-        for net in networks.all:
-            stack.enter_context(evaluating(net, networks.device))
-        for rows, pixels in evaluation_batches(scorer.images, batches, size=networks.size, threads=scorer.jobs):
-            labels = scorer.images.data.labels[rows].astype(np.int64)
-            yield of_batch(scorer, networks.normalisation.apply(pixels.to(networks.device)), labels)
+    for one in heard(scorer, batches):
+        said = None if scorer.networks.teacher is None else one.outputs[id(scorer.networks.teacher)]
+        yield of_batch(scorer, one), {} if said is None else {what: _half(getattr(said, what).numpy()) for what in scorer.vectors}
 
 
-def of_batch(scorer: Scorer, images: Tensor, labels: NDArray[np.int64]) -> tuple[Values, dict[str, NDArray[np.float16]]]:
-    """The scores that the networks give of a batch, and what the teacher says of it. images: float of shape (n, 3, s, s), normalised."""
+def heard(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[Heard]:
+    """What the networks say of each batch of rows."""
     import torch
 
+    from kdprune_data.learn.inference import evaluating, evaluation_batches, overlapped
+    from kdprune_data.learn.memory import sent
     from kdprune_data.learn.models import features, head
-    from kdprune_data.scores import FROM_MODEL, FROM_OUTPUTS, Outputs
+    from kdprune_data.scores import Outputs
 
-    networks, truth, heard = scorer.networks, torch.from_numpy(labels), dict[int, Outputs]()
+    networks, labels = scorer.networks, scorer.images.data.labels
+    nets = networks.all
 
-    def says(net: nn.Module) -> Outputs:
-        if id(net) not in heard:
-            embedding, logits = features(net, images)
-            # Scores are computed in float64, which not every device has.
-            heard[id(net)] = Outputs(logits.cpu(), truth, embedding.cpu(), head(net).bias is not None)
-        return heard[id(net)]
+    def begin(batch: tuple[NDArray[np.int64], Tensor]) -> tuple[NDArray[np.int64], Tensor, list[tuple[Tensor, Tensor]]]:
+        rows, pixels = batch
+        images = networks.normalisation.apply(sent(pixels, networks.device))
+        return rows, images, [features(net, images) for net in nets]
 
-    columns: Values = {}
+    def end(begun: tuple[NDArray[np.int64], Tensor, list[tuple[Tensor, Tensor]]]) -> Heard:
+        rows, images, found = begun
+        truth = torch.from_numpy(labels[rows].astype(np.int64))
+        # Scores are computed in float64, which not every device has.
+        said = [Outputs(z.cpu(), truth, h.cpu(), head(net).bias is not None) for net, (h, z) in zip(nets, found, strict=True)]
+        return Heard(images, truth, dict(zip(map(id, nets), said, strict=True)))
+
+    with ExitStack() as stack:
+        for net in (*nets, *networks.exact.values()):
+            stack.enter_context(evaluating(net, networks.device))
+        shown = evaluation_batches(scorer.images, batches, size=networks.size, threads=scorer.jobs)
+        yield from overlapped(begin, end, shown, networks.device)
+
+
+def of_batch(scorer: Scorer, one: Heard) -> Values:
+    """The scores that the networks give of a batch."""
+    import torch
+
+    from kdprune_data.scores import FROM_MODEL, FROM_OUTPUTS
+
+    networks, columns = scorer.networks, Values()
     for name in scorer.columns.of("early", "final"):
         nets = networks.early if SCORES[name].source == "early" else networks.final
         if name in FROM_MODEL:
-            each = [FROM_MODEL[name](net, images, truth.to(networks.device), memory=scorer.memory) for net in nets]
+            exact, truth = [networks.exact.get(id(net), net) for net in nets], one.truth.to(networks.device)
+            each = [FROM_MODEL[name](net, one.images, truth, memory=scorer.memory) for net in exact]
         else:
-            each = [FROM_OUTPUTS[name](says(net)) for net in nets]
+            each = [FROM_OUTPUTS[name](one.outputs[id(net)]) for net in nets]
         columns[name] = (each[0] if len(each) == 1 else torch.stack(each).mean(0)).float().numpy()
-    if networks.teacher is None:
-        return columns, {}
-    said = says(networks.teacher)
-    return columns, {what: _half(getattr(said, what).numpy()) for what in scorer.vectors}
+    return columns
 
 
 def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:

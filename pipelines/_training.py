@@ -62,6 +62,9 @@ class TrainingConfig(Config):
     pad: int | None = option(None, help="Pixels by which crops that are not resized may reach outside; default size/8.", least=0)
     scale: tuple[float, ...] = option((), help="Share of the area that a resized crop takes; default 0.25 1.", values="LOW HIGH")
     ratio: tuple[float, ...] = option((), help="Width over height of a resized crop; default 0.75 1.3333.", values="LOW HIGH")
+    decode: str = option(
+        "exact", help="scaled: decode JPEGs no larger than resized crops need, quicker for large photographs.", choices=("exact", "scaled")
+    )
     stem: str = option(
         "auto", help="small: 3x3 convolution and no max-pool; auto: small up to 64 pixels.", choices=("auto", "small", "standard")
     )
@@ -70,11 +73,21 @@ class TrainingConfig(Config):
     keep_epochs: tuple[int, ...] = option((), help="Epochs whose weights are kept; default 10 % of training, and the end.", least=1)
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
+    in_memory: str = option(
+        "auto",
+        help="Keep decoded images in memory (a GPU's too); auto: where they take half of what is free.",
+        choices=("auto", "on", "off"),
+    )
     tensorboard: Path | None = option(None, help="Also write the metrics for TensorBoard, in a folder of the run's name in here.")
     name: str | None = option(None, help="Name in its usual place.", check=_workspace.plain_name)
     out: Path | None = option(None, help="Exact folder to write.")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
     dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.in_memory == "on" and self.decode != "exact":
+            raise UsageError(f"--in-memory on keeps whole images, and --decode {self.decode} decodes them anew for every view: give one")
 
     def to_recipe(self) -> Recipe:
         """As the training loop takes it."""
@@ -100,7 +113,7 @@ class TrainingConfig(Config):
         """What is asked of the views' crops. Raises UsageError for ranges that are none."""
         from kdprune_data.learn.policy import Crops
 
-        return Crops.of(self.pad, self.scale, self.ratio)
+        return Crops.of(self.pad, self.scale, self.ratio, self.decode)
 
 
 def kept_epochs(asked: Sequence[int], epochs: int) -> list[int]:

@@ -1,8 +1,8 @@
 """A teacher as a witness: what a logit cache holds of some (row, view) pairs, what the teacher says of them, how far these may differ.
 
 A pair's stored box is rendered from the data set's image as students are shown it; the teacher sees it in eval mode, in float32, normalised
-as its folder says. Of several teachers it is what they say together, at the cache's temperature. Compared are z - max(z), and for coded
-caches what softmax makes of them.
+as its folder says. Of several teachers it is what they say together, at the cache's temperature. Compared are z - max(z), and for caches
+that are coded or were asked in bf16 what softmax makes of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RELATIVE = 1e-4
 """In batches of other sizes, on other devices and with other kernels a float32 network says slightly different things: NOISE is allowed,
 and this share of a row's range, for rounding grows with the logits."""
 SLACK = 4.0
-"""A coded cache states its mean KL; that of a few pairs may be this many times as large."""
+"""A cache that is coded or was asked in bf16 states its mean KL; that of a few pairs may be this many times as large."""
 SLACK_OF_ONE = 20.0
 """That of a single pair."""
 KL_NOISE = 1e-5
@@ -71,7 +71,8 @@ def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> F64:
 @dataclass(frozen=True)
 class Limits:
     """How far what is stored may be from what the teacher says again. `rounding`: of a stored value, as a share of it; `least`: the
-    smallest value that can be stored; `kl`: of a coded cache, the mean KL that it states, by temperature, which then alone decides."""
+    smallest value that can be stored; `kl`: of a coded cache, or one asked in bf16, the mean KL that it states, by temperature, which then
+    alone decides."""
 
     rounding: float = 0.0
     least: float = -np.inf
@@ -79,9 +80,14 @@ class Limits:
 
     @classmethod
     def of(cls, cache: LogitCache) -> Limits:
-        """Those of a cache: its type's rounding, or of a coded one the KL that it states, or if it measured none was made for."""
+        """Those of a cache: its type's rounding, or of a coded one the KL that it states, or if it measured none was made for; where its
+        teacher was asked in bf16, what that cost besides."""
+        asked = {float(tau): float(kl) for tau, kl in cache.manifest.counts.get("bf16", {}).get("kl", {}).items()}
         if cache.coded:
-            return cls(kl={float(tau): measured or float(cache.manifest.config["fidelity"]) for tau, measured in cache.kl.items()})
+            stated = {float(tau): measured or float(cache.manifest.config["fidelity"]) for tau, measured in cache.kl.items()}
+            return cls(kl={tau: kl + asked.get(tau, 0.0) for tau, kl in stated.items()})
+        if asked:
+            return cls(kl=asked)
         return cls(2.0**-11, float(np.finfo(np.float16).min)) if cache.manifest.config.get("dtype") == "float16" else cls()
 
     def far(self, said: F64, stored: F64) -> NDArray[np.bool_]:
@@ -231,11 +237,9 @@ class Witness:
 
         from kdprune_data.learn import views
 
-        size, parts = self.policy.size, []
-        for at in self.images.few(rows):
-            images = self.images.get(rows[at])
-            parts.append(views.evaluation(images, size) if boxes is None else views.render(images, boxes.take(at), size))
-        return torch.cat(parts)
+        if boxes is not None:
+            return self.images.rendered(rows, boxes, self.policy)
+        return torch.cat([views.evaluation(self.images.get(rows[at]), self.policy.size) for at in self.images.few(rows)])
 
 
 def _read(joined: Joined, rows: I64, views: I64) -> Pairs:

@@ -10,30 +10,26 @@ Writes `logits/SUBSET--TEACHER`. Views are append-only: asking for more adds fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from kdprune_pipelines import _asking, _given, _recipes, _storing, _workspace
+from kdprune_pipelines import _asking, _bf16, _given, _recipes, _storing, _workspace
 from kdprune_pipelines._asking import Source
-from kdprune_pipelines._console import Outcome, bar, count, duration, megabytes, say
-from kdprune_pipelines._estimate import Estimate, growing, look, measure_growing
+from kdprune_pipelines._console import Outcome, count, megabytes, say
+from kdprune_pipelines._estimate import Estimate, look
+from kdprune_pipelines._filling import Plan, fill, geometry_bytes, tried
 from kdprune_pipelines._models import Saved, open_model
-from kdprune_pipelines._storing import Fidelity, Part, PlainStore, Store
+from kdprune_pipelines._storing import Fidelity
 from numpy.typing import NDArray
 
-from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import KdpruneError, UsageError
-from kdprune_data.formats import logit_files as files
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.indexing import digests_of
-from kdprune_data.formats.logit_files import CODEBOOK, CODED, DTYPES
+from kdprune_data.formats.logit_files import CODED, DTYPES
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.formats.manifest import PARTIAL
 
@@ -41,10 +37,6 @@ if TYPE_CHECKING:
     from kdprune_data.learn.policy import Policy
 
 MOST_VIEWS = 10_000
-FILE_BYTES = 3000
-"""About what a view file takes before it holds anything, beside some hundred for each of its views."""
-SOME_VIEWS = 10_000
-"""For fewer it is not worth while to measure how long they will take."""
 
 
 def _check_views(text: str) -> None:
@@ -85,8 +77,12 @@ class CacheConfig(Config):
     pad: int | None = option(None, help="Pixels by which crops that are not resized may reach outside; default size/8.", least=0)
     scale: tuple[float, ...] = option((), help="Share of the area that a resized crop takes; default 0.25 1.", values="LOW HIGH")
     ratio: tuple[float, ...] = option((), help="Width over height of a resized crop; default 0.75 1.3333.", values="LOW HIGH")
+    decode: str = option(
+        "exact", help="scaled: decode JPEGs no larger than resized crops need, quicker for large photographs.", choices=("exact", "scaled")
+    )
     seed: int = option(0, help="Seed of the views.", least=0)
     batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
+    precision: str = option("float32", help=_bf16.HELP, choices=_bf16.PRECISIONS)
     code: tuple[str, ...] = option((), help="package.module:function, when a teacher is your own function; may be given several times.")
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     jobs: int = option(2, help="Threads that decode images.", least=1, short="j")
@@ -94,47 +90,6 @@ class CacheConfig(Config):
     out: Path | None = option(None, help="Exact folder to write.")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
     dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be cached: how many views in all, of which policy, stored how; `settings` and `inputs` as they stand in the manifest;
-    `source`: makes whoever says the logits, which loads the teachers."""
-
-    data: Dataset
-    views: int
-    fidelity: Fidelity | None
-    dtype: str
-    settings: Mapping[str, Any]
-    inputs: Sequence[Mapping[str, Any]]
-    named: str
-    source: Callable[[], Source]
-
-    @property
-    def view_bytes(self) -> float:
-        """What a view of a sample takes plain: its logits, its box and its flip."""
-        side = 1 if "pad" in self.settings["policy"] else 2  # bytes of a box's four numbers: they reach as far as the images do
-        return len(self.data.classes) * np.dtype(DTYPES[self.dtype]).itemsize + 4 * side + 1 / 8
-
-    @cached_property
-    def shards(self) -> list[int]:
-        """Those of the data that have a sample which decodes."""
-        found: list[int] = np.unique(self.data.shards[self.data.usable()]).tolist()
-        return found
-
-    def spans(self, there: int) -> list[tuple[int, int]]:
-        """The ranges of the views from `there` on: what one takes in memory before it is written, coded too, bounds its file."""
-        largest = max(len(self.data.rows_of(shard)) for shard in self.shards)
-        raw = 4 if self.fidelity else np.dtype(DTYPES[self.dtype]).itemsize
-        return files.ranges(there, self.views - 1, largest * (len(self.data.classes) * raw + 9))
-
-    def bytes(self, there: int, each: float, base: float = 0) -> int:
-        """About what the views from `there` on take. each: bytes of a view of a sample; base: of a sample once."""
-        rows, shards, new = self.data.usable(), len(self.shards), self.views - there
-        size = len(rows) * new * each + shards * (new * (950 if self.fidelity else 450) + len(self.spans(there)) * FILE_BYTES)
-        if not there:
-            size += sum(len(one) + 44 + base for one in self.data.ids[rows]) + shards * (2 if self.fidelity else 1) * FILE_BYTES / 2
-        return int(size)
 
 
 def run(config: CacheConfig) -> Outcome:
@@ -155,7 +110,7 @@ def run(config: CacheConfig) -> Outcome:
             build.abandon()
             say(f"already done: {count(there, 'view')} there")
         else:
-            _fill(plan, build, there)
+            fill(plan, build, there)
     return _outcome(folder)
 
 
@@ -170,7 +125,7 @@ def _plan_taught(config: CacheConfig, data: Dataset) -> Plan:
     from kdprune_data.learn import views  # which imports torch: after what a mistyped folder is told
 
     _asking.check_alike(saved, data)
-    crops = views.Crops.of(config.pad, config.scale, config.ratio)
+    crops = views.Crops.of(config.pad, config.scale, config.ratio, config.decode)
     size = saved[0].architecture.size
     if config.views == "identity":
         _refuse_crops(config, "--views identity shows the image itself, and {} is of crops")
@@ -180,7 +135,7 @@ def _plan_taught(config: CacheConfig, data: Dataset) -> Plan:
         raise UsageError(
             f"--views all is {policy.views:,} distinct crops with --pad {policy.pad}: at most {MOST_VIEWS:,}; give a smaller pad"
         )
-    settings: dict[str, Any] = {"dtype": config.dtype, "policy": policy.to_dict(), "precision": "float32", "batch": config.batch}
+    settings: dict[str, Any] = {"dtype": config.dtype, "policy": policy.to_dict(), "precision": config.precision, "batch": config.batch}
     if len(saved) > 1:
         settings["ensemble"] = {"temperature": _only_temperature(config)}
     named = "+".join(one.manifest.name for one in saved)
@@ -198,7 +153,8 @@ def _teachers(config: CacheConfig, saved: list[Saved], data: Dataset, policy: Po
 
     nets, device = [one.load(code=config.code) for one in saved], choose_device(config.device)
     temperature = _only_temperature(config) if len(saved) > 1 else None
-    return _asking.Teachers(Images(data), policy, saved, nets, device, temperature, config.batch, config.jobs)
+    found = _asking.Teachers(Images(data), policy, saved, nets, device, temperature, config.batch, config.jobs)
+    return found.in_bf16() if config.precision == "bf16" else found
 
 
 def _only_temperature(config: CacheConfig) -> float:
@@ -212,6 +168,10 @@ def _plan_given(config: CacheConfig, data: Dataset) -> Plan:
     for flag, given in (("--teacher", config.teacher), ("--ensemble", config.ensemble), ("--code", config.code)):
         if given:
             raise UsageError(f"--from takes logits from elsewhere and {flag} asks a teacher: give one of the two")
+    if config.precision != "float32":
+        raise UsageError(
+            f"--precision {config.precision} is of a teacher that is asked, and --from takes logits from elsewhere: leave it out"
+        )
     _refuse_crops(config, "the views of --from are what its file says, and {} is of those that are drawn")
     assert config.from_ is not None
     given_ = _given.read(config.from_, data, config.size)
@@ -232,6 +192,7 @@ def _refuse_crops(config: CacheConfig, why: str) -> None:
         "--pad": config.pad is not None,
         "--scale": config.scale,
         "--ratio": config.ratio,
+        "--decode": config.decode != "exact",
         "--seed": config.seed,
     }
     for flag in (flag for flag, given in flags.items() if given):
@@ -257,122 +218,17 @@ def _settled_views(folder: Path, identity: Identity) -> int:
     return LogitCache.open(folder).views if finished else 0
 
 
-# --- doing it
-
-
-def _fill(plan: Plan, build: Build, there: int) -> None:
-    """Add the views from `there` on, shard by shard, and seal."""
-    data, source = plan.data, plan.source()
-    shards, spans, new = plan.shards, plan.spans(there), plan.views - there
-    store, size = _store(plan, source, build, there, spans)
-    asked = getattr(source, "device", None)
-    many = len(data.usable()) * new >= SOME_VIEWS
-    what = f"caching {count(new, 'view')} of {count(len(data.usable()), 'sample')}{f' on {asked}' if asked else ''}"
-    say(f"{what}: about {megabytes(size)}" + (f", about {duration(_tried(plan, source, there)[0])}" if many else ""))
-    covered = [(a, b) for a, b, _ in LogitCache.open(build.folder).parts] if there else []
-    wanted = [files.view_path(a, b, shard) for a, b in {*covered, *spans} for shard in shards]
-    once = [path(shard) for path in _once(plan) for shard in shards]
-    build.keep_only([*wanted, *once, *([CODEBOOK] if plan.fidelity else [])])
-    todo = [(span, shard) for span in spans for shard in shards if not _stands(plan, build, span, shard)]
-    left = sum(len(data.rows_of(shard)) * (last - first + 1) for (first, last), shard in todo)
-    with bar("cache", total=len(data.usable()) * new, unit="view", initial=len(data.usable()) * new - left) as progress:
-        for span, shard in todo:
-            _fill_shard(source, store, build, shard, span, progress.update)
-    counts = {"samples": len(data.usable()), "views": plan.views, "classes": len(data.classes)}
-    build.seal(counts=counts, classes=data.classes, content=data.manifest.content)
-
-
-def _store(plan: Plan, source: Source, build: Build, there: int, spans: list[tuple[int, int]]) -> tuple[Store, int]:
-    """How it is stored, and about how many bytes the new views take."""
-    if plan.fidelity is None:
-        return PlainStore(plan.dtype), plan.bytes(there, plan.view_bytes)
-    first = LogitCache.open(build.folder).parts[0] if there else (*spans[0], 0)
-    store, choice = _storing.coded_store(source, build, plan.fidelity, first[1] - first[0] + 1)
-    if choice is not None:
-        return store, plan.bytes(there, choice.view_bytes + _geometry_bytes(plan), choice.base_bytes)
-    standing = [f for f in build.files() if f.path.startswith("views-")]
-    done = sum(len(plan.data.rows_of(files.shard_of(f.path))) * len(files.views_of(f.path)) for f in standing)
-    return store, int(len(plan.data.usable()) * (plan.views - there) * sum(f.bytes for f in standing) / max(done, 1))
-
-
-def _geometry_bytes(plan: Plan) -> float:
-    """About what a view's box takes packed: of a padded crop two of few numbers and a bit, else four."""
-    policy = plan.settings["policy"]
-    return (2 * np.log2(2 * policy["pad"] + 1) + 1) / 8 if "pad" in policy else 4.0
-
-
-def _once(plan: Plan) -> list[Callable[[int], str]]:
-    """The files that a shard has one of."""
-    return [files.rows_path, *([files.base_path] if plan.fidelity else [])]
-
-
-def _stands(plan: Plan, build: Build, span: tuple[int, int], shard: int) -> bool:
-    """Whether a range of views of a shard was finished by an earlier run."""
-    return all(build.finished(path) is not None for path in (files.view_path(*span, shard), *(path(shard) for path in _once(plan))))
-
-
-def _fill_shard(source: Source, store: Store, build: Build, shard: int, span: tuple[int, int], tick: Callable[[int], None]) -> None:
-    """One range of views of one shard: its view file, and the rows with the first range, whose counts they hold."""
-    data = source.data
-    rows = data.rows_of(shard)
-    metadata: dict[str, Any] = source.metadata() | {
-        "format": "1",
-        "rows": files.rows_digest(data.ids[rows], digests_of(data.index["sha256"])[rows]),
-        "policy": source.policy.to_dict(),
-        "classes": files.classes_digest(data.classes),
-        "views": f"{span[0]},{span[1]}",
-    }
-    correct = store.write(build, _asked(source, store, rows, (shard, span), tick), data.labels[rows], metadata)
-    if span[0] == 0:
-        files.write_rows(build, shard, data, rows, correct)
-
-
-def _asked(source: Source, store: Store, rows: NDArray[np.int64], where: tuple[int, tuple[int, int]], tick: Callable[[int], None]) -> Part:
-    """All views of a range of some rows, as the store keeps them, and what that loses."""
-    shard, span = where
-    views = range(span[0], span[1] + 1)
-    kept: list[list[NDArray[np.floating]]] = [[] for _ in views]
-    lost: dict[float, float] = {}
-    for n, full in source.said(rows, views, order.batches(np.arange(len(rows)), source.batch)):
-        some, losses = store.keep(full)
-        kept[n].append(some)
-        for tau, kl in losses.items():
-            lost[tau] = lost.get(tau, 0.0) + kl * len(full) / (len(rows) * len(views))
-        tick(len(full))
-    return Part(shard, span, rows, [source.boxes(rows, view) for view in views], [np.concatenate(one) for one in kept], lost)
-
-
 def _estimate(plan: Plan, folder: Path, state: str) -> Outcome:
     """What filling would do: bytes of the view files, seconds from a few samples of the very work, which a code is then tried on."""
     rows = plan.data.usable()
     there = LogitCache.open(folder).views if state == "finished" else 0
     new = max(plan.views - there, 0)
     state = "grown" if there and new else state
-    seconds, said = _tried(plan, plan.source(), there) if new else (0.0, [])
+    seconds, said = tried(plan, plan.source(), there) if new else (0.0, [])
     each, base = plan.view_bytes, 0.0
     if plan.fidelity is not None and new and (choice := _choice_of_few(plan, said)):
-        each, base = choice.view_bytes + _geometry_bytes(plan), choice.base_bytes
+        each, base = choice.view_bytes + geometry_bytes(plan), choice.base_bytes
     return Estimate(folder, state, {"sample": len(rows), "view": new}, plan.bytes(there, each, base), seconds).outcome()
-
-
-def _tried(plan: Plan, source: Source, there: int) -> tuple[float, list[list[NDArray[np.float32]]]]:
-    """The seconds that the views from `there` on would take, by a few samples of the very work; and what was said of up to 8 views of
-    these."""
-    rows = plan.data.usable()
-    views = range(there, min(plan.views, there + 8))
-    said: list[list[NDArray[np.float32]]] = [[] for _ in views]
-    by_hash = np.argsort(order.order_hash(plan.data.uids[rows], 0, "probe"), kind="stable")
-
-    def work() -> Iterator[int]:
-        done = 0
-        for n, full in source.said(rows[by_hash], views, growing(np.arange(len(rows)), source.batch)):
-            said[n].append(full)
-            done += len(full)
-            if n == len(views) - 1:
-                yield done
-                done = 0
-
-    return measure_growing(work(), len(rows) * (plan.views - there)), said
 
 
 def _choice_of_few(plan: Plan, said: list[list[NDArray[np.float32]]]) -> _storing.Choice | None:

@@ -107,7 +107,7 @@ def run(config: DistillConfig) -> Outcome:
 
     device = choose_device(config.device)
     lesson = _weighed(config, data, _lesson(config, data, cache))
-    images = Images(data)
+    images = Images(data, keep=config.in_memory, device=device)
     policy = lesson.views.policy
     architecture = models.resolve(config.model, classes=len(data.classes), size=policy.size, stem=config.stem, norm=config.norm)
     derived = f"{data.manifest.name}--{plain(config.model)}-a{lesson.alpha:g}-s{config.seed}"
@@ -277,6 +277,8 @@ def _check_asked(config: DistillConfig, data: Dataset, cache: LogitCache) -> Non
         asked_policy = replace(asked_policy, kind="pad-crop", pad=crops.pad)
     if crops.resized:
         asked_policy = replace(asked_policy, kind="resized-crop", scale=crops.scale or there.scale, ratio=crops.ratio or there.ratio)
+    if crops.decode != "exact":
+        asked_policy = replace(asked_policy, decoder=views.DECODERS[crops.decode])
     check_policy(cache, asked_policy)
 
 

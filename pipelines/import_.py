@@ -3,8 +3,9 @@
 1. Open the source (Parquet, WebDataset shards, class folders, digits): its keys and labels are known before any image. A val or
    test split takes the class list of the train split beside it, and may lack samples of some classes; one that has others is refused.
 2. Read it once, in its own order, into a shuffle; or leave the shuffle out.
-3. Write the samples, image bytes untouched, into shards of `data/SPLIT`; with `--holdout RATE`, those with the smallest holdout hashes
-   into `data/val` instead; with `--label-noise RATE`, some of the others under another class.
+3. Write the samples, image bytes untouched, into shards of `data/SPLIT`; with `--max-side N`, larger images resized and encoded anew; with
+   `--holdout RATE`, those with the smallest holdout hashes into `data/val` instead; with `--label-noise RATE`, some of the others under
+   another class.
 
 `--memory` bounds what is held on the way.
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 from kdprune_pipelines._console import Outcome, count, megabytes, say, say_unusable, track
-from kdprune_pipelines._importing import Place, Plan, Shares, estimate, holdout_rate
+from kdprune_pipelines._importing import Place, Plan, Shares, Way, estimate, holdout_rate
 from kdprune_pipelines._workspace import DATA, check_classes
 
 from kdprune_data import order
@@ -31,8 +32,9 @@ from kdprune_data.formats import dataset, indexing
 from kdprune_data.formats.build import SPOOL, Build
 from kdprune_data.formats.identity import Identity
 from kdprune_data.formats.manifest import NAME, Manifest
-from kdprune_data.formats.shard import Sample
+from kdprune_data.formats.shard import Handling, Sample
 from kdprune_data.formats.shards import Limits, ShardWriter
+from kdprune_data.formats.shrink import ENCODER, MOST_SIDE, QUALITY, Shrink
 from kdprune_data.images import EXTENSIONS
 from kdprune_data.share.cards import Card, dataset_card
 from kdprune_data.sources import Item, Source, SourceOptions, numbered, open_source
@@ -68,6 +70,14 @@ class ImportConfig(Config):
     id: str = option("key", help="WebDataset: name samples by key, or by SHARD/key where shards repeat keys.", choices=("key", "shard"))
     label_noise: str | None = option(None, help="Share of train's labels to change to another class, chosen by hash: for experiments.")
     noise_seed: int = option(0, help="Seed of the label noise.", least=0, most=2**64 - 1)
+    max_side: int | None = option(
+        None,
+        help="Resize images whose longer side is above so many pixels to it, as JPEG, once and for all: large photographs are then read as "
+        "fast as small ones. All others keep their bytes.",
+        least=16,
+        most=MOST_SIDE,
+    )
+    quality: int | None = option(None, help=f"JPEG quality of resized images; default {QUALITY}.", least=1, most=100)
     on_bad: str = option("error", help="Images that do not decode: stop, or keep them in the shards, unused.", choices=("error", "keep"))
     seed: int = option(0, help="Seed of the shuffle and of the holdout.", least=0, most=2**64 - 1)
     shard_samples: int = option(dataset.SHARD_SAMPLES, help="Most samples in a shard.", least=1)
@@ -90,6 +100,8 @@ class ImportConfig(Config):
 
 def run(config: ImportConfig) -> Outcome:
     """Import a source. Raises UsageError, SourceError and ExistsError, with nothing half-made left visible."""
+    if config.quality is not None and config.max_side is None:
+        raise UsageError("--quality goes with --max-side: images that are not resized keep their bytes")
     source = open_source(config.source, _options(config))
     plan = _plan(config, source)
     folders = {config.split: config.out or DATA / config.split}
@@ -103,7 +115,8 @@ def run(config: ImportConfig) -> Outcome:
         split: Place(folder, Identity("dataset", split, _resolved(config, split, source, plan), [])) for split, folder in folders.items()
     }
     if config.dry_run:
-        return estimate(source, plan, places, limits=_limits(config), memory=config.memory, jobs=config.jobs, overwrite=config.overwrite)
+        way = Way(_limits(config), config.memory, config.jobs, _handling(config))
+        return estimate(source, plan, places, way, overwrite=config.overwrite)
     with ExitStack() as stack:
         builds = {split: stack.enter_context(Build.begin(*place, overwrite=config.overwrite)) for split, place in places.items()}
         if any(build.done is None for build in builds.values()):
@@ -117,6 +130,11 @@ def run(config: ImportConfig) -> Outcome:
 
 def _limits(config: ImportConfig) -> Limits:
     return Limits(config.shard_samples, config.shard_bytes)
+
+
+def _handling(config: ImportConfig) -> Handling:
+    shrink = None if config.max_side is None else Shrink(config.max_side, config.quality or QUALITY)
+    return Handling(config.on_bad == "keep", shrink)
 
 
 def _options(config: ImportConfig) -> SourceOptions:
@@ -151,10 +169,13 @@ def _plan(config: ImportConfig, source: Source) -> Plan:
 
 def _resolved(config: ImportConfig, split: str, source: Source, plan: Plan) -> dict[str, Any]:
     """The settings that decide what one split becomes."""
+    shrink = _handling(config).shrink
+    resized = {} if shrink is None else {"max_side": shrink.side, "quality": shrink.quality, "encoder": ENCODER}
     noise = {} if plan.noise is None or split != "train" else {"label_noise": order.shortest(plan.noise), "noise_seed": config.noise_seed}
     return (
         source.describe()
         | noise
+        | resized
         | {
             "split": split,
             "of": config.split,
@@ -189,7 +210,6 @@ def _write(config: ImportConfig, builds: dict[str, Build], source: Source, plan:
     labels = plan.labels(source.outline, aside, len(source.classes))
     missing = {split: build for split, build in builds.items() if build.done is None}
     shuffle = plan.order(source, next(iter(missing.values())).scratch(SPOOL), Shares.of(config.memory))
-    kinds: dict[str, set[str]] = {split: set() for split in missing}
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_writer(config, split, missing, plan)) for split in missing}
         for row, item in _in_order(source, shuffle):
@@ -197,21 +217,22 @@ def _write(config: ImportConfig, builds: dict[str, Build], source: Source, plan:
             if split in writers:
                 label = None if item.label is None else int(labels[row])
                 sample = Sample(item.key, item.data, label, item.origin, item.others, item.label)
-                kinds[split].add(sample.extension)
                 writers[split].add(sample)
-        indices = {split: (writer.finish(), writer.names) for split, writer in writers.items()}
-    made = {split: _seal(builds[split], split, *indices[split], source.classes, kinds[split]) for split in missing}
+        indices = {split: writer.finish() for split, writer in writers.items()}
+    made = {split: _seal(config, builds[split], split, indices[split], writers[split], source.classes) for split in missing}
     return {split: build.done or made[split] for split, build in builds.items()}
 
 
 def _writer(config: ImportConfig, split: str, missing: Mapping[str, Build], plan: Plan) -> ShardWriter:
     """The writer of a split, which shares the window with the others."""
+    handling = _handling(config)
+    shares = len(missing) * (1 if handling.shrink is None else 4)  # what is resized stays in memory beside what it was
     return ShardWriter(
         missing[split],
         limits=_limits(config),
         jobs=config.jobs,
-        keep_bad=config.on_bad == "keep",
-        window=Shares.of(config.memory).window // len(missing),
+        handling=handling,
+        window=Shares.of(config.memory).window // shares,
         noisy=plan.noise is not None and split == "train",
     )
 
@@ -225,12 +246,20 @@ def _in_order(source: Source, shuffle: Shuffle | None) -> Iterator[tuple[int, It
     yield from track(rows, "write", total=len(source))
 
 
-def _seal(build: Build, split: str, index: pa.Table, names: list[str], classes: Sequence[str], kinds: set[str]) -> Manifest:
+def _seal(config: ImportConfig, build: Build, split: str, index: pa.Table, writer: ShardWriter, classes: Sequence[str]) -> Manifest:
     say_unusable(indexing.unusable(index))
-    facts = indexing.write_index(build, index, classes, names)
-    card = Card(split, split, sorted(kinds & set(EXTENSIONS)), facts.counts["labelled"] > 0)
-    build.write("README.md", dataset_card(card, facts.counts, classes).encode())
-    return build.seal(counts=facts.counts, classes=list(classes), content=facts.content, side=["README.md"])
+    facts = indexing.write_index(build, index, classes, writer.names)
+    counts, shrink = facts.counts, _handling(config).shrink
+    note = ""
+    if shrink is not None:
+        counts |= {"resized": writer.resized}
+        note = (
+            f"{writer.resized:,} of the images were resized on import, to {shrink.side:,} pixels on their longer side, and encoded as JPEG "
+            f"of quality {shrink.quality}; the others have the bytes that they came with."
+        )
+    card = Card(split, split, sorted(writer.kinds & set(EXTENSIONS)), counts["labelled"] > 0, note)
+    build.write("README.md", dataset_card(card, counts, classes).encode())
+    return build.seal(counts=counts, classes=list(classes), content=facts.content, side=["README.md"])
 
 
 def _describe(folder: Path, manifest: Manifest) -> str:
@@ -239,9 +268,10 @@ def _describe(folder: Path, manifest: Manifest) -> str:
     size = megabytes(sum(f.bytes for f in manifest.files))
     left = f", {count(bad, 'sample')} that do not decode" if bad else ""
     noisy = f", {count(counts['noisy'], 'label')} changed" if "noisy" in counts else ""
+    resized = f", {count(counts['resized'], 'image')} resized" if "resized" in counts else ""
     empty = [name for name, n in zip(manifest.classes, counts["per_class"], strict=True) if not n]
     without = f" ({len(empty):,} without a sample: {some(empty)})" if empty else ""
     return (
         f"{folder}: {count(counts['samples'], 'sample')} of {count(len(manifest.classes), 'class')}{without} "
-        f"in {count(counts['shards'], 'shard')}, {size}{left}{noisy}; content {manifest.content[:12]}"
+        f"in {count(counts['shards'], 'shard')}, {size}{left}{noisy}{resized}; content {manifest.content[:12]}"
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdprune_pipelines import _distribution, _soft, _weighing
+from kdprune_pipelines import _bf16, _distribution, _soft, _weighing
 from kdprune_pipelines._console import Outcome, count, megabytes
 from kdprune_pipelines._tables import PAGE
 
@@ -105,8 +105,10 @@ def _describe(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Ite
     if manifest.outside:
         size = megabytes(sum(f.bytes for f in manifest.outside))
         yield f"  outside   {count(len(manifest.outside), 'shard')}, {size}, read where they lie ({Path(manifest.outside[0].path).parent})"
-    shown = [f"{key} {_plain(value)}" for key, value in manifest.counts.items() if key != "per_class"]
+    shown = [f"{key} {_plain(value)}" for key, value in manifest.counts.items() if key not in ("per_class", "bf16")]
     yield f"  counts    {', '.join(shown)}"
+    for n, line in enumerate(_wrapped(_bf16.spoken(manifest.counts["bf16"])) if "bf16" in manifest.counts else ()):
+        yield f"  {'' if n else 'bf16':<9} {line}"
     names = list(manifest.classes)
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     yield f"  classes   {len(names):,}: {', '.join(names[:SHOWN])}{more}"

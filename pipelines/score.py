@@ -2,7 +2,7 @@
 
 1. Each shard's images are decoded once; the final network and the early one (for el2n, grand and grand_full) look at them as they are
    evaluated. With `--epoch` it is the network after that epoch; with `--proxies` several others, trained first, and the mean of
-   what they give.
+   what they give. With `--precision bf16` a probe says first what that costs.
 2. Scores from training dynamics (forgetting, aum, correct, ...) are added from the teacher's folder, by id.
 3. Scores that `--also` asks for: from the embeddings of all samples, once these are written.
 
@@ -12,13 +12,12 @@ Writes `scores/TEACHER`: `part-NNNNNN.parquet`, and on request `embedding-` and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from kdprune_pipelines import _advice, _columns, _proxies, _scoring, _trials, _workspace
+from kdprune_pipelines import _advice, _bf16, _columns, _proxies, _scoring, _trials, _workspace
 from kdprune_pipelines._columns import Columns
 from kdprune_pipelines._console import Outcome, count, say
 from kdprune_pipelines._estimate import MOST_SECONDS, Estimate, growing, look, measure_growing
@@ -27,12 +26,11 @@ from kdprune_pipelines._proxies import Proxy
 from kdprune_pipelines._scoring import Networks, Scorer
 
 from kdprune_data.config import Config, option
-from kdprune_data.errors import KdpruneError, UsageError, some
-from kdprune_data.formats import standing
+from kdprune_data.errors import UsageError, some
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.manifest import NAME, Manifest
+from kdprune_data.formats.manifest import Manifest
 from kdprune_data.formats.scores import SCORES
 
 if TYPE_CHECKING:
@@ -64,6 +62,7 @@ class ScoreConfig(Config):
     embedding: bool = option(False, help="Also write each sample's embedding (the last layer's input), float16.")
     logits: bool = option(False, help="Also write each sample's logits, float16.")
     batch: int = option(256, help="Samples in a batch; batches do not cross shards.", least=1)
+    precision: str = option("float32", help=_bf16.HELP, choices=_bf16.PRECISIONS)
     memory: int = option(1_000_000_000, help="Bytes for what scores of --also compute with, beside the embeddings.", least=1_000_000)
     code: str | None = option(None, help="package.module:function, when the teacher is your own function.")
     device: str = option("auto", help="Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
@@ -132,7 +131,7 @@ class Job:
             "logits": "logits" in self.vectors,
             "batch": config.batch,
             "memory": config.memory if "grand_full" in self.columns.names else None,
-            "precision": "float32",
+            "precision": config.precision,
         }
         inputs = [self.data.manifest.as_input("data"), self.saved.manifest.as_input("teacher")]
         return Identity("scores", self.name, settings, [*inputs, *_proxies.as_inputs(self.proxies, there)])
@@ -164,7 +163,8 @@ class Job:
             first = self.early_epoch
             early = [last if first in (None, config.epoch) else saved.load(code=config.code, epoch=first)]
             final, teacher = [last], last if self.vectors else None
-        return Networks(early, final, teacher, saved.normalisation, saved.architecture.size, self.device)
+        found = Networks(early, final, teacher, saved.normalisation, saved.architecture.size, self.device)
+        return found.in_bf16() if config.precision == "bf16" else found
 
 
 def run(config: ScoreConfig) -> Outcome:
@@ -178,7 +178,7 @@ def run(config: ScoreConfig) -> Outcome:
             f"{data.folder} has {count(len(unlabelled), 'sample')} without a label ({some(unlabelled)}): these scores need labels"
         )
     job = _job(config, data, saved)
-    noted = _noted(job.folder)
+    noted = _proxies.noted(job.folder)
     identity = job.identity(noted)
     if config.dry_run:
         return _estimate(job, look(job.folder, identity, overwrite=config.overwrite))
@@ -233,24 +233,12 @@ def _check_epoch(config: ScoreConfig, saved: Saved) -> None:
         raise UsageError(f"--epoch {asked}: {saved.folder} keeps {there} a teacher with `{_advice.keeping(saved.manifest, asked)}`")
 
 
-def _noted(folder: Path) -> dict[str, str]:
-    """The digests of the inputs, by role, of what stands in the folder that is to be written, finished or not; none where that cannot be
-    read, which is refused, or replaced, when the folder is begun."""
-    found: Any = None
-    with suppress(OSError, KdpruneError):
-        if (folder / NAME).is_file():
-            there = Manifest.read(folder)
-            found = Identity(there.kind, there.name, there.config, there.inputs).to_json()["inputs"]
-        else:
-            found = (standing.noted(folder) or {}).get("inputs")
-    return found if isinstance(found, dict) else {}
-
-
 def _score(job: Job, build: Build) -> Manifest:
     _tell_dependence(job)
     past = _columns.past(job.saved, job.data, job.columns)
-    shards = _scoring.score(job.scorer(), build, past)
-    counts = {"samples": len(job.data.usable()), "shards": shards}
+    scorer = job.scorer()
+    cost = {"bf16": _bf16.of_scores(scorer)} if job.config.precision == "bf16" else {}
+    counts = {"samples": len(job.data.usable()), "shards": _scoring.score(scorer, build, past)} | cost
     return build.seal(counts=counts, classes=job.data.classes, content=job.data.manifest.content)
 
 

@@ -2,7 +2,8 @@
 
 1. Candidates: of the N samples of the data set that decode, those that `--where` and `--dedup` leave. k = floor(frac * N + 1/2).
 2. Keep k of them by a method, balanced by class; or take somebody's list as it is.
-3. Plan the new shards from the index, copy the records byte for byte, write `selection.parquet`.
+3. Plan the new shards from the index, copy the records byte for byte, each image compared with its digest (`--unchecked`: not), write
+   `selection.parquet`.
 
 Writes `subsets/METHOD-FRACTION-sSEED`. With `--ids-only`, no tars: the subset reads its parent's.
 """
@@ -18,21 +19,21 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from kdprune_pipelines import _methods as methods
 from kdprune_pipelines import _workspace as workspace
 from kdprune_pipelines._choosing import Task, how_many, pick, tell_cost
-from kdprune_pipelines._console import Outcome, count, megabytes, say, track
+from kdprune_pipelines._console import Outcome, count, megabytes, say
 from kdprune_pipelines._estimate import Estimate, look
 from kdprune_pipelines._filters import DEDUPS, EPS, OWN, Filters, check_digests, check_enough
 from kdprune_pipelines._methods import Choice
 from kdprune_pipelines._numbers import Column, Numbers, columns_of, open_column, open_scores
 from kdprune_pipelines._picks import Picks, cost, listed_rows, rough_cost
+from kdprune_pipelines._pruned import Copying, prune
 
 from kdprune_data import order
 from kdprune_data.config import Config, option
 from kdprune_data.errors import SourceError, UsageError
-from kdprune_data.formats import dataset, foreign, indexing, subset
+from kdprune_data.formats import copying, dataset, foreign, indexing, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -69,11 +70,13 @@ class SelectConfig(Config):
     seed: int = option(0, help="Seed of the random order and of ties.", least=0)
     memory: int | None = option(None, help=f"Most bytes of a method's own arrays; default {methods.MEMORY:,}.", least=1)
     ids_only: bool = option(False, help="Write no tars: the subset reads its parent's.")
+    normalize: bool = option(False, help="Leave out PAX headers that hold nothing but times: half of foreign shards of small images.")
     ranks: bool = option(False, help=f"Write ranking.parquet above {RANKING_LIMIT:,} samples too.")
     name: str | None = option(None, help="Name in subsets/; default METHOD-FRACTION-sSEED.", check=workspace.plain_name)
     out: Path | None = option(None, help="Exact folder to write.")
     shard_samples: int = option(dataset.SHARD_SAMPLES, help="Most samples in a shard.", least=1)
     shard_bytes: int = option(dataset.SHARD_BYTES, help="Most bytes in a shard.", least=4096)
+    unchecked: bool = option(False, help="Copy without hashing each image first: then only verify notices that one was damaged.")
     jobs: int = option(2, help="Threads that copy shards.", least=1, short="j")
     overwrite: bool = option(False, help="Replace what stands in the folder.")
     dry_run: bool = option(False, help="Touch nothing: say what would be made, how large, and how long it would take.")
@@ -104,6 +107,12 @@ class SelectConfig(Config):
             if not self.column:
                 Filters(self.where).needs()
 
+    @property
+    def copying(self) -> Copying | None:
+        """How records are copied; None where they are not."""
+        limits = Limits(self.shard_samples, self.shard_bytes)
+        return None if self.ids_only else Copying(limits, self.jobs, checked=not self.unchecked, normalize=self.normalize)
+
     def needs(self) -> dict[str, str]:
         """What the method and the filters read of a scores folder, each with what reads it."""
         if self.keys:
@@ -129,6 +138,10 @@ class SelectConfig(Config):
         for option_, changed in (("--balance", self.balance != "class"), ("--seed", self.seed != 0), ("--ranks", self.ranks)):
             if self.keys and changed:
                 raise UsageError(f"{option_} changes how samples are ranked, and --keys is a list that is kept as it is: leave it out")
+        if self.ids_only and self.unchecked:
+            raise UsageError("--unchecked leaves out the check of images that are copied, and --ids-only copies none: leave it out")
+        if self.ids_only and self.normalize:
+            raise UsageError("--normalize leaves out headers of what is copied, and --ids-only copies nothing: give one of them")
         heavy = self.dedup == "near" or (not ranks and methods.compares(method))
         if self.memory is not None and not heavy:
             raise UsageError(
@@ -153,7 +166,7 @@ def run(config: SelectConfig) -> Outcome:
         "ids_only": config.ids_only,
         "shard_samples": config.shard_samples,
         "shard_bytes": config.shard_bytes,
-    }
+    } | ({"normalize": True} if config.normalize else {})
     identity = Identity("subset", name, settings, [parent.manifest.as_input("data"), *task.numbers.inputs()])
     if config.dry_run:
         state = look(folder, identity, overwrite=config.overwrite)
@@ -250,19 +263,19 @@ def _write(config: SelectConfig, build: Build, picks: Picks) -> Manifest:
     parent, rows = picks.parent, picks.rows
     _tell_weights(parent)
     outside: list[File] = []
-    if config.ids_only:
+    copied: Mapping[str, int] = {}
+    if config.copying is None:
         outside = _parents_shards(parent, build.folder)
         index, names = parent.index.take(rows).combine_chunks(), indexing.shard_names(parent.shard_paths)
     else:
-        plan = subset.plan(parent, rows, Limits(config.shard_samples, config.shard_bytes))
-        names = list(track(subset.copy(parent, plan, build, config.jobs), "copy", total=len(plan.names), unit="shard"))
-        index = subset.index_of(parent, plan)
+        made = prune(build, parent, rows, config.copying)
+        index, names, copied = made.index, made.names, made.counts
     subset.write_selection(build, index, None if picks.scores is None else picks.scores[picks.places], picks.weights)
     facts = indexing.write_index(build, index, parent.classes, names)
     if picks.ranking is not None and _writes_ranking(config, picks):
-        subset.write_ranking(build, parent.ids[picks.candidates].tolist(), picks.scores, picks.ranking)
-    build.write("README.md", _card(build, parent, index, facts).encode())
-    counts = facts.counts | dict(picks.counts) | {"kept": len(rows)}
+        subset.write_ranking(build, parent.index["id"].take(picks.candidates), picks.scores, picks.ranking)
+    build.write("README.md", _card(build, parent, facts).encode())
+    counts = facts.counts | dict(picks.counts) | {"kept": len(rows), **copied}
     side = ["README.md", subset.RANKING]
     return build.seal(counts=counts, classes=parent.classes, content=facts.content, side=side, outside=outside)
 
@@ -273,15 +286,14 @@ def _writes_ranking(config: SelectConfig, picks: Picks) -> bool:
 
 def _estimate(config: SelectConfig, task: Task, folder: Path, state: str, started: float) -> Outcome:
     """What selecting would do; what has been done for it so far is part of the time. What takes long is not run, but told."""
-    limits = None if config.ids_only else Limits(config.shard_samples, config.shard_bytes)
     choosing = 0.0
     if task.choice is not None and task.is_slow:
         choosing = task.filters.seconds(task.numbers, len(task.candidates), task.choice.params.memory)
         choosing += tell_cost(task, task.choice, task.candidates)
-        found = rough_cost(task.parent, task.candidates, task.keep, limits)
+        found = rough_cost(task.parent, task.candidates, task.keep, config.copying)
     else:
         picks = pick(task)
-        found = cost(picks, limits, jobs=config.jobs, ranking=_writes_ranking(config, picks))
+        found = cost(picks, config.copying, ranking=_writes_ranking(config, picks))
     counts = {"sample": task.keep} | ({} if config.ids_only else {"shard": found.shards})
     return Estimate(folder, state, counts, found.bytes, time.monotonic() - started + choosing + found.seconds).outcome()
 
@@ -294,13 +306,14 @@ def _parents_shards(parent: Dataset, folder: Path) -> list[File]:
     return [File(path, f.bytes, f.sha256) for path, f in zip(paths, known, strict=True)]
 
 
-def _card(build: Build, parent: Dataset, index: pa.Table, facts: indexing.Facts) -> str:
+def _card(build: Build, parent: Dataset, facts: indexing.Facts) -> str:
     identity = build.identity
-    shards = [build.folder / f.path for f in build.files() if f.path.endswith(".tar")]
+    shards = [f.path for f in build.files() if f.path.endswith(".tar")]
     whole = f"{parent.manifest.name!r} of {count(len(parent), 'sample')} (content `{parent.manifest.content}`)"
     note = f"Kept from {whole} {_how(identity.config)}."
+    note += " PAX headers that held nothing but times were left out." if identity.config.get("normalize") else ""
     members = parent.members
-    images = [members.image] if members.image and shards else subset.image_members(shards, index)
+    images = [members.image] if members.image and shards else copying.image_members(build, shards)
     if members.label != "cls":
         note += f" Classes are numbers in `index.parquet`; the members say them their way (`{members.label}`)."
     labelled = facts.counts["labelled"] > 0 and members.label == "cls"

@@ -106,7 +106,8 @@ def _setup(config: TeacherConfig, data: Dataset) -> Setup:
     rows = data.usable()
     if (data.labels[rows] < 0).any():
         raise UsageError(f"{data.folder} has {int((data.labels[rows] < 0).sum()):,} samples without a label: a teacher learns from labels")
-    device, images = choose_device(config.device), Images(data)
+    device = choose_device(config.device)
+    images = Images(data, keep=config.in_memory, device=device)
     # A seed of its own: the views cached for a student of the same --seed would be the very crops that the teacher has learned from.
     seed = _teaching.view_seed(config.seed)
     policy = views.policy_for(data.sizes[rows], data.classes, size=config.size, flip=config.flip, seed=seed, crops=config.crops())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = ("--models", "resnet8", "--size", "8", "--n", "3", "--rounds", "1", "--threads", "1")
@@ -95,6 +100,77 @@ def test_soft_label_views(chain: Path, tmp_path: Path) -> None:
         assert [row["seeds"] for row in rows] == [1] * 3
         assert all(0 <= float(row["test"]) <= 100 for row in rows)
     assert len(list((tmp_path / "students").iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def small_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty JPEGs of 16 pixels and of about 300, in Hugging Face's layout, in a file each."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for name, sides in (("small", (16, 16)), ("photos", (310, 280))):
+        rows = []
+        for n in range(40):
+            file, side = io.BytesIO(), (sides[0], sides[1] + (n % 3 if name == "photos" else 0))
+            noise = np.random.default_rng(n).integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(noise).resize(side, Image.Resampling.BICUBIC).save(file, "jpeg")
+            rows.append({"image": {"bytes": file.getvalue(), "path": f"{n:04d}.jpg"}, "label": n % 4})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "options", "rows"),
+    [
+        ("small_batches.py", "small", ("--samples", 600, "--batches", 2), 5),
+        ("soft_label_join.py", "small", ("--samples", 600, "--batches", 2, "--classes", 20), 5),
+        ("decode_crop.py", "photos", ("--samples", 9, "--side", 600), 12),
+    ],
+)
+def test_reading(small_parquet: Path, tmp_path: Path, script: str, data: str, options: tuple[object, ...], rows: int) -> None:
+    """Rows with their goals, also in a file with what they were measured on."""
+    file = tmp_path / "results.json"
+    ran(script, "--data", small_parquet / f"{data}.parquet", "--rounds", 1, "--out", file, *options)
+    made = json.loads(file.read_text(encoding="utf-8"))
+    assert len(made["rows"]) == rows
+    assert any(row["goal"] for row in made["rows"])
+    assert {"processor", "torch", "commit", "n"} <= set(made["machine"])
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "options", "rows"),
+    [
+        ("index_scan.py", "small", ("--samples", 200, "--photo-samples", 9, "--rounds", 1), 18),
+        ("raw_read.py", "small", ("--samples", 300, "--photo-samples", 9, "--rounds", 1), 12),
+        ("import_bytes.py", "small", ("--samples", 300), 4),
+        ("max_side.py", "photos", ("--samples", 40, "--side", 600, "--sides", 290, 64, "--rounds", 1), 6),
+    ],
+)
+def test_shards(small_parquet: Path, tmp_path: Path, script: str, data: str, options: tuple[object, ...], rows: int) -> None:
+    """Shards that are found, read, made and made smaller: the scripts check themselves that what they compare is the same."""
+    photos = ("--photos", small_parquet / "photos.parquet") if "--photo-samples" in options else ()
+    ran(script, "--data", small_parquet / f"{data}.parquet", "--out", tmp_path / "results.json", *photos, *options)
+    made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(made["rows"]) == rows
+    assert {"processor", "commit", "n"} <= set(made["machine"])
+
+
+def test_select_copy(small_parquet: Path, tmp_path: Path) -> None:
+    """Both sizes, each from both kinds of shards; that all have written the same samples the script sees to."""
+    data = ("--photos", small_parquet / "photos.parquet", "--bytes", 1000, "--data", small_parquet / "small.parquet", "--samples", 30)
+    ran("select_copy.py", *data, "--rounds", 1, "--work", tmp_path / "work", "--out", tmp_path / "results.json")
+    made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    for images in ("photographs", "32x32"):
+        rows = {(row["packed by"], row["what"]): row for row in made["rows"] if row["images"] == images}
+        assert {what for _, what in rows} >= {"cp", "select", "select --unchecked", "select --normalize", "WebDataset, ShardWriter"}
+        assert rows["WebDataset", "select"]["goal"]
+        assert all(row["by cp"] > 0 and row["peer by this"] > 0 for (_, what), row in rows.items() if what.startswith("select"))
+    assert {"processor", "webdataset", "commit", "n"} <= set(made["machine"])
+
+
+def test_stages(small_parquet: Path) -> None:
+    """Every stage of the job is run, and working time is told apart."""
+    made = json.loads(ran("stages.py", "--data", small_parquet / "small.parquet", "--model", "resnet8", "--threads", 1, "--json"))
+    assert [row["stage"].partition(",")[0] for row in made["rows"]] == ["import", "teacher", "score", "select", "cache", "distill"]
+    assert "the network" in made["rows"][1]["working time"]
 
 
 def test_select_100m(tmp_path: Path) -> None:

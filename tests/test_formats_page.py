@@ -227,6 +227,7 @@ def test_a_selection(chain: Path) -> None:
         "column",
         "hard",
         "keys",
+        "normalize",
     }
     assert manifest(folder)["config"].keys() == listed.keys() - left_out
     parent = [(row["id"], row["label"]) for row in rows(chain / "data/train/index.parquet")]

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "kdprune_data": {"formats", *PARTS, *BASE},
 }
 """For each room, the rooms it may import. `kdprune_data` is the package's own `__init__`, which hands names on."""
-READS_FORMATS = {"kdprune_data.learn.stream", "kdprune_data.learn.webdataset"}
+READS_FORMATS = {f"kdprune_data.learn.{name}" for name in ("decoded", "loader", "stream", "webdataset")}
 """The only modules of `learn`, `scores` and `selectors` that know of files."""
 NEVER_TORCH = {*BASE, "formats", "sources", "selectors"}
 TORCH = {"torch", "torchvision", "timm", "safetensors.torch"}

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdprune_data import images, order
 from kdprune_data.errors import FormatError, SourceError
-from kdprune_data.formats import indexing, manifest, table, tar
+from kdprune_data.formats import grouping, indexing, manifest, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.members import Members, Numbering
+from kdprune_data.formats.reading import TarFile
 from kdprune_data.formats.shard import check_image
 
 SCHEMA = indexing.SCHEMA.append(pa.field("text", pa.string()))
@@ -53,11 +55,13 @@ def read_shard(build: Build, number: int, path: Path, reading: Reading) -> Shard
     of = _fingerprint(path)
     if (found := _standing(scratch, of)) is not None:
         return found
-    rows = indexing.Rows(number, SCHEMA)
-    for row, _ in sample_rows(path, reading):
-        rows.add(**row)
+    made = None if reading.digests else from_headers(number, path, reading)
+    if made is None:
+        rows = indexing.Rows(number, SCHEMA)
+        for row, _ in sample_rows(path, reading):
+            rows.add(**row)
+        made = rows.table()
     digest = manifest.sha256_file(path) if reading.digests else None
-    made = rows.table()
     note = manifest.canonical({"of": of, "sha256": digest})
     build.write_scratch(scratch.name, table.to_bytes(made.replace_schema_metadata({"shard": note})))
     return Shard(made, digest)
@@ -76,41 +80,87 @@ def _standing(scratch: Path, of: object) -> Shard | None:
 def sample_rows(path: Path, reading: Reading) -> Iterator[tuple[dict[str, Any], int]]:
     """The row of each sample of a shard, by column, and the bytes of its record. Raises SourceError as `read_shard` does."""
     buffer, where = tar.map_file(path), str(path)
-    for record in tar.records(buffer, where):
-        image = reading.members.image_of(record, where)
-        label = reading.members.label_of(buffer, record, where)
-        seen = _image(buffer, image, f"{where} sample {record.key!r}", reading)
-        row = {
-            "id": f"{path.stem}/{record.key}" if reading.id == "shard" else record.key,
-            "key": record.key,
-            "offset": record.offset,
-            "length": record.length,
-            "label": None if isinstance(label, str) else label,
-            "text": label if isinstance(label, str) else None,
-            "image_offset": image.data,
-            "image_length": image.size,
-        }
-        yield row | seen, record.length
+    with TarFile(path) as file:  # of which the headers take less to read than of the map
+        for record in tar.records(file, where):
+            image = reading.members.image_of(record, where)
+            label = reading.members.label_of(buffer, record, where)
+            seen = _image(buffer, image, where, record.key, reading)
+            row = {
+                "id": f"{path.stem}/{record.key}" if reading.id == "shard" else record.key,
+                "key": record.key,
+                "offset": record.offset,
+                "length": record.length,
+                "label": None if isinstance(label, str) else label,
+                "text": label if isinstance(label, str) else None,
+                "image_offset": image.data,
+                "image_length": image.size,
+            }
+            yield row | seen, record.length
 
 
-def _image(buffer: mmap.mmap, image: tar.Member, origin: str, reading: Reading) -> dict[str, Any]:
+def from_headers(number: int, path: Path, reading: Reading) -> pa.Table | None:
+    """The rows of a shard of which no image is read whole, a column at a time; None for what is left to `sample_rows`.
+
+    Raises SourceError as `read_shard` does.
+    """
+    buffer, where, members = tar.map_file(path), str(path), reading.members
+    with TarFile(path) as file:
+        files = tar.files(file, where)
+    found = None if files is None else grouping.samples(files)
+    if files is None or found is None:
+        return None
+    image = found.only(images.MEMBERS if members.image is None else (members.image,))
+    label = found.only((members.label_extension,))
+    if image is None or label is None or image.min() < 0:  # which sample that is, and what to do, is said there
+        return None
+    view, keys = memoryview(buffer), found.keys
+    labels, heights, widths = list[int | str | None](), list[int](), list[int]()
+    starts, lengths = files.data[image], files.sizes[image]
+    places = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+    label_places = zip(label.tolist(), files.data[label].tolist(), (files.data + files.sizes)[label].tolist(), strict=True)
+    for key, (start, end), (has_label, label_start, label_end) in zip(keys, places, label_places, strict=True):
+        labels.append(None if has_label < 0 else members.label_in(buffer[label_start:label_end], where, key))
+        height, width = _header(view[start:end], where, key, reading.keep_bad)
+        heights.append(height)
+        widths.append(width)
+    ids = [f"{path.stem}/{key}" for key in keys] if reading.id == "shard" else keys
+    columns = {
+        "id": ids,
+        "key": keys,
+        "uid": order.uids_of(ids),
+        "shard": np.full(len(ids), number, np.int32),
+        "offset": found.starts,
+        "length": found.ends - found.starts,
+        "label": [None if isinstance(one, str) else one for one in labels],
+        "text": [one if isinstance(one, str) else None for one in labels],
+        "image_offset": starts,
+        "image_length": lengths,
+        "sha256": pa.nulls(len(ids), SCHEMA.field("sha256").type),
+        "width": widths,
+        "height": heights,
+        "ok": np.array(heights) > 0,
+    }
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA})
+
+
+def _image(buffer: mmap.mmap, image: tar.Member, where: str, key: str, reading: Reading) -> dict[str, Any]:
     if reading.digests:
         data = bytes(buffer[image.data : image.data + image.size])
-        height, width = check_image(data, origin, reading.keep_bad)
+        height, width = check_image(data, f"{where} sample {key!r}", reading.keep_bad)
         digest = indexing.image_digest(data)
     else:
-        height, width = _header(memoryview(buffer)[image.data : image.data + image.size], origin, reading.keep_bad)
+        height, width = _header(memoryview(buffer)[image.data : image.data + image.size], where, key, reading.keep_bad)
         digest = None
     return {"sha256": digest, "width": width, "height": height, "ok": height > 0}
 
 
-def _header(data: memoryview, origin: str, keep_bad: bool) -> tuple[int, int]:
+def _header(data: memoryview, where: str, key: str, keep_bad: bool) -> tuple[int, int]:
     try:
         return images.size(data)
     except SourceError as error:
         if keep_bad:
             return 0, 0
-        raise SourceError(f"{origin}: {error}; mend or remove it, or pass --on-bad keep to carry it along unused") from None
+        raise SourceError(f"{where} sample {key!r}: {error}; mend or remove it, or pass --on-bad keep to carry it along unused") from None
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -35,7 +35,7 @@ SPOOL = "spool"
 
 
 class Sink(io.RawIOBase):
-    """A binary file that hashes what is written to it, and can only be written forward."""
+    """A binary file that hashes what is written to it, forward only: by `write`, or by `place` and `count`, not by both."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -48,9 +48,20 @@ class Sink(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._file.write(view)
-        self.hash.update(view)
-        self.bytes += len(view)
+        self.count(view)
         return len(view)
+
+    def place(self, data: bytes | memoryview, at: int) -> None:
+        """Write at a byte of the file, from any thread and in any order: whoever places bytes gives the same ones to `count`, in order."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._file.fileno(), view, at)
+            view, at = view[written:], at + written
+
+    def count(self, data: bytes | memoryview) -> None:
+        """Hash the next bytes of the file, which stand there or are about to."""
+        self.hash.update(data)
+        self.bytes += len(data)
 
     def tell(self) -> int:
         return self.bytes

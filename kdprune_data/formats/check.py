@@ -69,6 +69,7 @@ def files(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
 
 def scores(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
     """A scores artefact: every part has the columns, all finite; ids are unique and as many as the manifest says."""
+    yield from _probe(folder, manifest)
     ids: list[str] = []
     for file in (f for f in manifest.files if f.path.startswith("part-")):
         part = table.read(folder / file.path)
@@ -115,6 +116,7 @@ def _vectors(folder: Path, part: str, samples: int, manifest: Manifest) -> Itera
 def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]:
     """A logit cache: every view of every shard belongs to its rows, its teacher and its policy, and its labels are where they were."""
     cache = LogitCache.open(folder)
+    yield from _probe(folder, manifest)
     yield from _losses(cache)
     total, first, uids = 0, min(p[1] for p in cache.parts if p[0] == 0), []
     checked: set[object] = set()  # each file's digest once, not for every view
@@ -146,6 +148,16 @@ def logit_cache(folder: Path, manifest: Manifest, tick: Tick) -> Iterator[Fault]
     for name, counted in counts.items():
         if manifest.counts.get(name) != counted:
             yield Fault(str(folder), f"has {counted:,} {name}, the manifest says {manifest.counts.get(name)}")
+
+
+def _probe(folder: Path, manifest: Manifest) -> Iterator[Fault]:
+    """What bf16 cost is stated where a network was asked in it, and only there."""
+    asked, stated = manifest.config.get("precision") == "bf16", manifest.counts.get("bf16")
+    if asked == (stated is None):
+        what = "does not count what that cost" if asked else "counts what bf16 cost"
+        yield Fault(str(folder / m.NAME), f"says precision {manifest.config.get('precision')} and {what}")
+    elif stated is not None and not all(0 <= kl < inf for kl in stated["kl"].values()):
+        yield Fault(str(folder / m.NAME), f"says that bf16 cost a KL of {stated['kl']}")
 
 
 def _losses(cache: LogitCache) -> Iterator[Fault]:

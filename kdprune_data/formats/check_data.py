@@ -51,6 +51,9 @@ def _index(found: Dataset) -> Iterator[Fault]:
         yield Fault(path, f"sample {found.ids[found.labels.argmax()]!r} has label {found.labels.max()}, of {len(found.classes)} classes")
     if found.has_digests != found.origin.get("digests", True):
         yield Fault(path, "has rows without the sha256 of their image" if not found.has_digests else "has digests that none should have")
+    longest, most = int(found.sizes.max(initial=0)), found.origin.get("max_side")
+    if most is not None and longest > most:
+        yield Fault(path, f"has an image of {longest:,} pixels on a side, and was imported with --max-side {most:,}")
     if m.content_of(found.ids, found.sha256, found.labels) != manifest.content:
         yield Fault(path, "ids, images and labels do not give the manifest's content")
     labelled = found.labels[found.labels >= 0]

@@ -1,6 +1,6 @@
 """The headers of a tar, USTAR's, PAX's and GNU's: numbers, names, checksums, and every way in which a file is not a tar to be read.
 
-`tar.scan` walks; what it meets is read and judged here. Sources: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), the GNU tar manual.
+`tar.walk` walks; what it meets is read and judged here. Sources: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), the GNU tar manual.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def check_end(buffer: Buffer, at: int, name: str) -> None:
     """Raise SourceError when anything but zeros follows the end mark at a byte: readers would differ on whether that is there."""
     step = 1 << 20
     for start in range(at, len(buffer), step):
-        if any(bytes(buffer[start : start + step])):
+        if bytes(buffer[start : start + step]).strip(b"\0"):
             raise SourceError(
                 f"{name} goes on after its end mark at byte {at:,}, as tars put behind one another do: what follows would not be read; "
                 f"unpack it (tar --ignore-zeros) and pack it again"
@@ -141,12 +141,13 @@ def check_sums(buffer: Buffer, headers: Sequence[int], name: str) -> None:
         heads = np.frombuffer(b"".join(buffer[at : at + BLOCK] for at in starts), np.uint8).reshape(-1, BLOCK)
         sums = heads.sum(1, dtype=np.int64) - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
         for at, head, total in zip(starts, heads[:, 148:156], sums, strict=True):
-            if not _states(head.tobytes(), total):
+            if not states(head.tobytes(), total):
                 what = "damaged" if at else "not a tar, or damaged"
                 raise SourceError(f"{name} is {what}: the header at byte {at:,} fails its checksum; fetch it again")
 
 
-def _states(field: bytes, total: int) -> bool:
+def states(field: bytes, total: int) -> bool:
+    """Whether a checksum field writes a total."""
     try:
         return _octal(field) == total
     except ValueError:

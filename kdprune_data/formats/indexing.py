@@ -104,11 +104,9 @@ def write_index(build: Build, index: pa.Table, classes: Sequence[str], shard_nam
 
     Raises SourceError when two ids are equal or share a uid.
     """
-    ids = index["id"].to_pylist()
-    uids = index["uid"].to_numpy()
-    twice = order.first_repeat(uids)
+    twice = order.first_repeat(index["uid"].to_numpy())
     if twice is not None:
-        a, b = (ids[n] for n in twice)
+        a, b = (index["id"][n].as_py() for n in twice)
         what = f"id {a!r} occurs twice" if a == b else f"ids {a!r} and {b!r} share a uid"
         raise SourceError(f"{what}: ids must be unique; rename one (adopted shards: --id shard)")
     with build.create(INDEX) as sink:
@@ -120,13 +118,13 @@ def write_index(build: Build, index: pa.Table, classes: Sequence[str], shard_nam
     labels = labels_of(index["label"])
     noisy = {"noisy": int((labels != labels_of(index["label_true"])).sum())} if "label_true" in index.column_names else {}
     counts = {
-        "samples": len(ids),
+        "samples": len(index),
         "ok": int(index["ok"].to_numpy(zero_copy_only=False).sum()),
         "shards": len(shard_names),
         "labelled": int((labels >= 0).sum()),
         "per_class": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
     } | noisy
-    return Facts(counts, m.content_of(ids, digests_of(index["sha256"]), labels))
+    return Facts(counts, m.content_of(index["id"], digests_of(index["sha256"]), labels))
 
 
 def unusable(index: pa.Table) -> list[str]:

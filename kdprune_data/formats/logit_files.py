@@ -201,7 +201,7 @@ def top1(logits: NDArray[np.floating], labels: NDArray[np.int32]) -> NDArray[np.
 
 def rows_digest(ids: Iterable[str], sha256: NDArray[np.uint8]) -> str:
     """sha256 (hex) over `id NUL image-sha256 LF` of a shard's rows: a view file names the rows it belongs to."""
-    lines = (f"{one}\0{digest}\n" for one, digest in zip(ids, m.hexes(sha256), strict=True))
+    lines = (f"{one}\0{digest}\n" for one, digest in zip(ids, m.hexes(sha256).to_pylist(), strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

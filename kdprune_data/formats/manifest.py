@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kdprune_data._version import __version__
@@ -28,6 +30,8 @@ FORMAT = 1
 NAME = "manifest.json"
 KINDS = ("dataset", "subset", "scores", "logits", "model", "export")
 PARTIAL = ".partial"
+TEXT = pa.large_string()
+"""Of more than two gigabytes, together."""
 
 
 def canonical(value: Any) -> bytes:
@@ -211,28 +215,29 @@ def place(folder: Path, path: str) -> Path:
     return Path(os.path.normpath(folder.resolve() / path)) if path.startswith("..") else folder / path
 
 
-def content_of(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
+def content_of(ids: Iterable[str] | pa.ChunkedArray, sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
     """What a data set is, on any machine and in any packing: the sha256 (hex) of its sorted `id NUL sha256 NUL label LF` lines.
 
     ids: n of them; sha256: uint8 of shape (n, 32), of the image bytes, zeros = none; labels: int32 of shape (n,), -1 = none.
     """
-    total = hashlib.sha256()
-    for line in sorted(_lines(ids, sha256, labels)):
-        total.update(line)
-    return total.hexdigest()
+    names = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else pa.array(ids, TEXT)
+    numbers = pc.fill_null(pa.array(labels, pa.int32(), mask=labels < 0).cast(TEXT), "")
+    ends = pc.binary_join_element_wise(numbers, _text("\n"), _text(""))
+    lines = pc.binary_join_element_wise(names.cast(TEXT), hexes(sha256), ends, _text("\0"))
+    lines = lines.take(pc.sort_indices(lines))
+    at = np.frombuffer(lines.buffers()[1], np.int64)[lines.offset :][: len(lines) + 1]
+    return hashlib.sha256(memoryview(lines.buffers()[2] or b"")[at[0] : at[-1]]).hexdigest()
 
 
-def _lines(ids: Iterable[str], sha256: NDArray[np.uint8], labels: NDArray[np.int32]) -> Iterator[bytes]:
-    for one, digest, label in zip(ids, hexes(sha256), labels.tolist(), strict=True):
-        yield f"{one}\0{digest}\0{'' if label < 0 else label}\n".encode()
+def _text(value: str) -> pa.Scalar:
+    return pa.scalar(value, TEXT)
 
 
-def hexes(sha256: NDArray[np.uint8]) -> Iterator[str]:
-    """Digests, uint8 of shape (n, 32), as lower-case hex; one that was not taken, all zeros, as the empty text."""
-    text = sha256.tobytes().hex()
-    taken_at: NDArray[np.bool_] = np.asarray(sha256.any(1))
-    for n, taken in enumerate(taken_at.tolist()):
-        yield text[64 * n : 64 * n + 64] if taken else ""
+def hexes(sha256: NDArray[np.uint8]) -> pa.Array:
+    """Digests, uint8 of shape (n, 32), as texts in lower-case hex; one that was not taken, all zeros, as the empty text."""
+    ends = np.arange(0, 64 * len(sha256) + 1, 64)
+    whole = pa.LargeStringArray.from_buffers(len(sha256), pa.py_buffer(ends), pa.py_buffer(sha256.tobytes().hex().encode()))
+    return pc.if_else(pa.array(np.asarray(sha256.any(1), np.bool_)), whole, _text(""))
 
 
 def made(started: float) -> dict[str, Any]:

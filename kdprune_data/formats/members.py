@@ -68,12 +68,22 @@ class Members:
 
         Raises SourceError, naming shard, sample and value, for anything else.
         """
-        extension = "json" if self.label.startswith(JSON) else self.label
-        member = record.members.get(extension)
+        member = record.members.get(self.label_extension)
         if member is None:
             return None
-        raw = bytes(buffer[member.data : member.data + member.size])
-        at = f"{where} sample {record.key!r}"
+        return self.label_in(bytes(buffer[member.data : member.data + member.size]), where, record.key)
+
+    @property
+    def label_extension(self) -> str:
+        """The extension of the member that holds the label."""
+        return "json" if self.label.startswith(JSON) else self.label
+
+    def label_in(self, raw: bytes, where: str, key: str) -> int | str | None:
+        """The label in the bytes of its member. `where`, `key`: the shard and the sample, for messages. Raises as `label_of` does."""
+        extension = self.label_extension
+        if extension == "cls" and raw.isdigit() and len(raw) < 10:
+            return int(raw)
+        at = f"{where} sample {key!r}"
         if extension == "json":
             return _from_json(raw, self.label.removeprefix(JSON), at)
         return _class_number(raw.strip(), at) if extension == "cls" else _text(raw, at, "its .txt member")

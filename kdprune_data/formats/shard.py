@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from kdprune_data import images
 from kdprune_data.errors import KdpruneError, SourceError
 from kdprune_data.formats import dataset, indexing, table, tar
 from kdprune_data.formats.build import Build, Sink
+from kdprune_data.formats.shrink import Shrink
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,56 @@ class Sample:
         return b"".join(tar.member(f"{self.key}.{extension}", data) for extension, data in members)
 
 
+@dataclass(frozen=True)
+class Handling:
+    """What becomes of images. `keep_bad`: those that do not decode are kept; `shrink`: how large ones are made smaller, None: not."""
+
+    keep_bad: bool = False
+    shrink: Shrink | None = None
+
+
 class Checked(NamedTuple):
-    """What a thread found out about a sample: its image's sha256 and pixels (0 where it does not decode), and a digest of all members."""
+    """What a thread found out about a sample: of its image as it is stored, the sha256 and the pixels (0 where it does not decode); a
+    digest of all members as they came; and the image as it is stored where that is not as it came."""
 
     sha256: bytes
     height: int
     width: int
     mark: bytes
+    data: bytes | None = None
 
 
-def check(samples: Sequence[Sample], *, decode: bool, keep_bad: bool) -> list[Checked]:
-    """Hash samples and, if asked, decode them. Raises SourceError as `check_image` does."""
+def check(samples: Sequence[Sample], handling: Handling, *, decode: bool) -> list[Checked]:
+    """Hash samples and, if asked, decode them and make large ones smaller.
+
+    Raises SourceError as `check_image` does, and for a resized image that would be called like another member.
+    """
     found = []
     for sample in samples:
         sha256 = indexing.image_digest(sample.data)
         mark = sha256 + b"".join(extension.encode() + b"\0" + indexing.image_digest(data) for extension, data in sample.others)
-        height, width = check_image(sample.data, f"{sample.origin} (key {sample.key!r})", keep_bad) if decode else (0, 0)
-        found.append(Checked(sha256, height, width, mark))
+        made = None
+        height, width = 0, 0
+        if decode:
+            pixels = _decoded(sample.data, f"{sample.origin} (key {sample.key!r})", handling.keep_bad)
+            if pixels is not None:
+                height, width, _ = pixels.shape
+                made = None if handling.shrink is None else handling.shrink.apply(pixels)
+        if made is None:
+            found.append(Checked(sha256, height, width, mark))
+        else:
+            data, height, width = made
+            _check_resized(sample)
+            found.append(Checked(indexing.image_digest(data), height, width, mark, data))
     return found
+
+
+def _check_resized(sample: Sample) -> None:
+    if any(extension == "jpg" for extension, _ in sample.others):
+        raise SourceError(
+            f"{sample.origin} (key {sample.key!r}): resized, its image is called .jpg, as another of its members is: pack the set again "
+            "without that one, or import it without --max-side"
+        )
 
 
 def check_image(data: bytes, origin: str, keep_bad: bool) -> tuple[int, int]:
@@ -71,28 +106,35 @@ def check_image(data: bytes, origin: str, keep_bad: bool) -> tuple[int, int]:
 
     Raises SourceError when it does not decode, or is of a type that is not kept, unless `keep_bad`.
     """
+    pixels = _decoded(data, origin, keep_bad)
+    return (0, 0) if pixels is None else (pixels.shape[0], pixels.shape[1])
+
+
+def _decoded(data: bytes, origin: str, keep_bad: bool) -> NDArray[np.uint8] | None:
     try:
         if not data:
             raise SourceError("an empty file, of 0 bytes")
         if images.extension(data) is None:
             raise SourceError("not a JPEG, PNG or WebP image")
-        height, width, _ = images.decode(data).shape
-        return height, width
+        return images.decode(data)
     except SourceError as error:
         if keep_bad:
-            return 0, 0
+            return None
         raise SourceError(f"{origin}: {error}; mend or remove it, or pass --on-bad keep to carry it along unused") from None
 
 
 class Shard:
-    """One shard: written, or, where it stands from an interrupted run, compared."""
+    """One shard: written, or, where it stands from an interrupted run, compared. Of its samples: `samples`, how many; `bytes`, what the tar
+    takes with them; `resized`, how many images were; `kinds`, the extensions of the images."""
 
     def __init__(self, build: Build, number: int, schema: pa.Schema) -> None:
         self._build = build
         self.name = dataset.SHARD % number
-        self.samples, self.bytes = 0, len(tar.END)  # as counted while it is filled; they run ahead of what is written
+        self.samples, self.bytes = 0, len(tar.END)
         self._rows = indexing.Rows(number, schema)
         self._rows_file = build.scratch(f"{self.name}.rows")
+        self.resized = 0
+        self.kinds: set[str] = set()
         self._of = hashlib.sha256()
         self._facts: dict[str, Any] = {}
         self._open: tuple[Sink, AbstractContextManager[Sink]] | None = None
@@ -108,7 +150,11 @@ class Shard:
             return None
 
     def put(self, sample: Sample, checked: Checked) -> None:
-        """The next sample, already checked."""
+        """The next sample, already checked, with the image that is stored."""
+        self.samples += 1
+        self.bytes += sample.record_bytes
+        self.resized += checked.data is not None
+        self.kinds.add(sample.extension)
         self._of.update(f"{sample.key}\0{sample.label}\0".encode() + checked.mark)
         if self.stands is not None:
             return
@@ -134,17 +180,19 @@ class Shard:
         """Commit it and return its index rows. Raises SourceError when it stands and was made of other samples."""
         of = self._of.hexdigest()
         if self.stands is not None:
-            if (self._build.finished(self.name) or {}).get("of") != of:
+            noted = self._build.finished(self.name) or {}
+            if noted.get("of") != of:
                 raise SourceError(
                     f"the source changed since the import was interrupted: {self._build.folder / self.name} holds other samples than it "
                     f"has now; what had been made was removed: run the same command again to import the source as it is"
                 )
+            self.resized, self.kinds = noted.get("resized", 0), set(noted.get("images", self.kinds))
             return self.stands
         sink, file = self._opened()
         sink.write(tar.END)
         rows = self._rows.table()
         self._build.write_scratch(self._rows_file.name, table.to_bytes(rows))
-        self._facts["of"] = of
+        self._facts |= {"of": of, "resized": self.resized, "images": sorted(self.kinds)}
         self._open = None
         file.__exit__(None, None, None)
         return rows

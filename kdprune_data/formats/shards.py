@@ -1,17 +1,18 @@
 """Writing the shards of a data set: samples in, `shard-000000.tar` ... and their index rows out, with few samples in memory at a time.
 
-1. `add` cuts the samples into shards in the order they come, by count and bytes alone, so the cut does not depend on who does the work.
-2. Batches of samples are hashed and checked (every image is decoded) by `jobs` threads, ahead of the writing, in a window of so many bytes.
-3. In their order again, they go into the one shard that is open. Its index rows go to `.partial/` before it is committed.
+1. Batches of samples are hashed and checked (every image is decoded, and a large one made smaller where that is asked for) by `jobs`
+   threads, ahead of the writing, in a window of so many bytes.
+2. In their order again, they are cut into shards, by count and by the bytes that are stored, so the cut does not depend on who does the
+   work. The index rows of a shard go to `.partial/` before it is committed.
 
-A shard that stands from an interrupted run is not written again: its samples pass by and must be the ones that it was made of.
+A shard that stands from an interrupted run is not written again: as many samples as it has pass by, and must be those it was made of.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pyarrow as pa
 from kdprune_data.errors import SourceError
 from kdprune_data.formats import dataset, indexing
 from kdprune_data.formats.build import Build
-from kdprune_data.formats.shard import Checked, Sample, Shard, check
+from kdprune_data.formats.shard import Checked, Handling, Sample, Shard, check
 
 BATCH_SAMPLES = 64
 BATCH_BYTES = 1_000_000
@@ -36,25 +37,24 @@ class Limits:
 
 
 class Batch(NamedTuple):
-    """Samples of one shard on their way through the threads. `last`: the shard ends with them."""
+    """Samples on their way through the threads, and their bytes as they came."""
 
-    shard: Shard
     samples: list[Sample]
     bytes: int
     checked: Future[list[Checked]]
-    last: bool
 
 
 class ShardWriter:
     """Add samples in order, then `finish`. Used as a context manager: leaving it early stops the threads and drops the open shard.
 
-    window: bytes of samples that may be in memory; noisy: the index has the column `label_true`.
+    window: bytes of samples that may be in memory; noisy: the index has the column `label_true`. Afterwards `resized` says how many images
+    were made smaller, `kinds` the extensions of all.
     """
 
-    def __init__(self, build: Build, *, limits: Limits, jobs: int, keep_bad: bool, window: int = WINDOW, noisy: bool = False) -> None:
+    def __init__(self, build: Build, *, limits: Limits, jobs: int, handling: Handling, window: int = WINDOW, noisy: bool = False) -> None:
         self._build = build
         self._limits = limits
-        self._keep_bad = keep_bad
+        self._handling = handling
         self._schema = indexing.NOISY_SCHEMA if noisy else indexing.SCHEMA
         self._pool = ThreadPoolExecutor(max(1, jobs))
         self._window = window
@@ -64,40 +64,51 @@ class ShardWriter:
         self._running_bytes = 0
         self._samples: list[Sample] = []
         self._bytes = 0
+        self._decode = False  # until the first shard is met that does not stand
+        self._to_compare = 0  # with the last shard that was looked at, which stands
+        self._ahead: deque[Shard] = deque()
         self._shard: Shard | None = None
         self._shards = 0
         self._tables: list[pa.Table] = []
+        self.resized = 0
+        self.kinds: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for shard in [self._shard, *(batch.shard for batch in self._running)]:
-            if shard is not None:
-                shard.abandon()
+        if self._shard is not None:
+            self._shard.abandon()
 
     def add(self, sample: Sample) -> None:
         """The next sample. Raises SourceError when an image does not decode (unless bad ones are kept), once its turn has come."""
-        size = sample.record_bytes
-        shard = self._shard
-        if shard is not None and (shard.samples >= self._limits.samples or shard.bytes + size > self._limits.bytes):
-            self._submit(shard, last=True)
-            shard = None
-        if shard is None:
-            self._shard = shard = Shard(self._build, self._shards, self._schema)
-            self._shards += 1
-        shard.samples += 1
-        shard.bytes += size
+        if not self._decode and self._to_compare == 0:
+            self._submit()
+            self._look_ahead()
+        self._to_compare -= not self._decode
         self._samples.append(sample)
-        self._bytes += size
+        self._bytes += sample.record_bytes
         if self._bytes >= self._batch_bytes or len(self._samples) >= BATCH_SAMPLES:
-            self._submit(shard, last=False)
+            self._submit()
 
-    def _submit(self, shard: Shard, *, last: bool) -> None:
+    def _look_ahead(self) -> None:
+        """Find out whether the shard of the next samples stands: these need not be decoded again."""
+        shard = self._opened()
+        self._ahead.append(shard)
+        self._decode = shard.stands is None
+        self._to_compare = 0 if shard.stands is None else len(shard.stands)
+
+    def _opened(self) -> Shard:
+        self._shards += 1
+        return Shard(self._build, self._shards - 1, self._schema)
+
+    def _submit(self) -> None:
         """Give what was added to the threads; take back, in order, what is beyond the window."""
-        work = self._pool.submit(check, self._samples, decode=shard.stands is None, keep_bad=self._keep_bad)
-        self._running.append(Batch(shard, self._samples, self._bytes, work, last))
+        if not self._samples:
+            return
+        work = self._pool.submit(check, self._samples, self._handling, decode=self._decode)
+        self._running.append(Batch(self._samples, self._bytes, work))
         self._running_bytes += self._bytes
         self._samples, self._bytes = [], 0
         while self._running and (self._is_full() or self._running[0].checked.done()):
@@ -107,22 +118,41 @@ class ShardWriter:
         return self._running_bytes > self._window or len(self._running) > self._most_batches
 
     def _take_back(self) -> None:
-        shard, samples, size, checked, last = self._running[0]
+        samples, size, checked = self._running[0]
         for sample, found in zip(samples, checked.result(), strict=True):
-            shard.put(sample, found)
-        if last:
-            self._tables.append(shard.close())
+            stored = sample if found.data is None else replace(sample, data=found.data)
+            self._shard_of(stored.record_bytes).put(stored, found)
         self._running.popleft()
         self._running_bytes -= size
 
+    def _shard_of(self, size: int) -> Shard:
+        """The shard of the next record, of so many bytes. The one before is closed when it takes no more."""
+        if self._shard is not None and not self._takes(self._shard, size):
+            self._close(self._shard)
+        if self._shard is None:
+            self._shard = self._ahead.popleft() if self._ahead else self._opened()
+        return self._shard
+
+    def _takes(self, shard: Shard, size: int) -> bool:
+        if shard.stands is not None:
+            return shard.samples < len(shard.stands)
+        return shard.samples < self._limits.samples and shard.bytes + size <= self._limits.bytes
+
+    def _close(self, shard: Shard) -> None:
+        self._tables.append(shard.close())
+        self.resized += shard.resized
+        self.kinds |= shard.kinds
+        self._shard = None
+
     def finish(self) -> pa.Table:
         """Close the last shard and return the whole index. Raises SourceError as `add` does, and when there was no sample."""
-        if self._shard is None:
+        if self._shards == 0:
             raise SourceError("the source has no samples for this split: nothing to write")
-        self._submit(self._shard, last=True)
+        self._submit()
         while self._running:
             self._take_back()
-        self._shard = None
+        if self._shard is not None:
+            self._close(self._shard)
         return pa.concat_tables(self._tables).combine_chunks()
 
     @property

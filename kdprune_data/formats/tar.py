@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 from kdprune_data.errors import SourceError
-from kdprune_data.formats import headers
+from kdprune_data.formats import headers, plain
 from kdprune_data.formats.headers import BLOCK as BLOCK  # where others look for it
 from kdprune_data.formats.headers import Buffer as Buffer
+from kdprune_data.formats.plain import Files
 
 END = bytes(2 * BLOCK)
 MOST_BYTES = 8**11 - 1
@@ -28,7 +30,6 @@ _BLANK[257:265] = b"ustar\00000"
 _HEADER = bytes(_BLANK)
 _BARE_SUM = sum(_HEADER)
 _BARE_SIZE_SUM = sum(_HEADER[124:136])
-_KEY = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 _LEFT_OVER = re.compile(r"(^|/)(PaxHeaders?(\.\d+)?|__MACOSX)/")
 """Folders in which tar programs that did not know PAX headers, and macOS, leave what they know of each file, under the file's own name."""
 
@@ -59,8 +60,7 @@ def header(name: str, size: int) -> bytes:
     return head + _HEADER[156:]
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: `start` of its first header (PAX and GNU name headers included), `data` of its payload, `size` in bytes."""
 
     name: str
@@ -74,8 +74,7 @@ class Member:
         return self.data + padded(self.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """The run of bytes that holds one sample. `members` maps lower-case extensions to members."""
 
     key: str
@@ -90,7 +89,28 @@ def scan(buffer: Buffer, name: str) -> list[Member]:
     Raises SourceError for what is no tar, a truncated or damaged one, several behind one another, links, devices and sparse files, and
     names that are absolute or climb out with `..`.
     """
+    return list(_members(buffer, name))
+
+
+def files(buffer: Buffer, name: str) -> Files | None:
+    """`scan` of a plain tar, a column each; None for what is left to `walk`. Raises SourceError as `scan` does, where it is not left."""
     headers.check_tar(buffer, name)
+    found = plain.files(buffer)
+    if found is not None:
+        headers.check_end(buffer, found.end, name)
+    return found
+
+
+def _members(buffer: Buffer, name: str) -> Iterable[Member]:
+    """See `scan`; all is checked before the first one is yielded."""
+    found = files(buffer, name)
+    if found is None:
+        return walk(buffer, name)
+    return map(Member._make, zip(found.names, *(column.tolist() for column in found[1:4]), strict=True))
+
+
+def walk(buffer: Buffer, name: str) -> list[Member]:
+    """`scan` of what is not plain: header by header, each in all the forms that there are."""
     found: list[Member] = []
     starts: list[int] = []
     at, start, size_end = 0, -1, len(buffer)
@@ -142,28 +162,28 @@ def records(buffer: Buffer, name: str) -> Iterator[Record]:
     """
     seen: set[str] = set()
     key, members = "", dict[str, Member]()
-    for one in scan(buffer, name):
-        match = _KEY.match(one.name)
-        if match is None or _LEFT_OVER.search(one.name):
-            continue
-        if match[1] != key:
+    prefix, first, end = "/", 0, 0  # no member's name begins with a slash
+    for one in _members(buffer, name):
+        path, start, data, size = one
+        extension = path[len(prefix) :]
+        if not path.startswith(prefix) or not extension or "/" in extension:
+            folder, slash, last = path.rpartition("/")
+            stem, _, extension = last.partition(".")
+            if not stem or not extension or (slash and _LEFT_OVER.search(path)):
+                continue
             if members:
-                yield _record(key, members)
-            key, members = match[1], {}
+                yield Record(key, first, end - first, members)
+            key, first, members = f"{folder}{slash}{stem}", start, {}
+            prefix = f"{key}."
             if key in seen:
                 raise SourceError(f"{name}: the members of sample {key!r} are not contiguous: pack the set again, sorted by name")
             seen.add(key)
-        extension = match[2].lower()
+        extension = extension.lower()
         if extension in members:
             raise SourceError(f"{name}: sample {key!r} has two members .{extension}: pack the set again with one of each")
-        members[extension] = one
+        members[extension], end = one, data + padded(size)
     if members:
-        yield _record(key, members)
-
-
-def _record(key: str, members: dict[str, Member]) -> Record:
-    start = next(iter(members.values())).start
-    return Record(key, start, max(m.end for m in members.values()) - start, members)
+        yield Record(key, first, end - first, members)
 
 
 class Maps:
@@ -184,16 +204,26 @@ class Maps:
             self._open.pop(next(iter(self._open)), None)
         return found
 
+    def together(self, numbers: Collection[int]) -> Mapping[int, mmap.mmap] | Maps:
+        """The maps of some files, by number: looked up once where they may all be open at a time, else one by one."""
+        return {n: self[n] for n in numbers} if len(numbers) <= self._limit else self
+
     def __reduce__(self) -> tuple[object, ...]:
         return (Maps, (self.paths, self._limit))
 
 
 def map_file(path: Path) -> mmap.mmap:
     """A read-only memory map of a file. Raises SourceError when it is missing or empty."""
-    try:
-        with path.open("rb") as file:
+    with opened(path) as file:
+        try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise SourceError(f"{path} is empty: fetch it again") from None
+
+
+def opened(path: Path) -> FileIO:
+    """A file, open for reading, without a buffer. Raises SourceError when it is missing."""
+    try:
+        return path.open("rb", buffering=0)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: it may have been moved; fetch it or index the set again") from None
-    except ValueError:
-        raise SourceError(f"{path} is empty: fetch it again") from None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdprune_data.learn.memory import sent
 from kdprune_data.learn.stream import Batch
 
 
@@ -33,7 +34,7 @@ class Recorder:
         own = z.gather(1, labels)[:, 0]
         others = z.scatter(1, labels, float("-inf")).max(1).values if z.shape[1] > 1 else torch.zeros_like(own)
         loss = F.cross_entropy(z, batch.labels, reduction="none")
-        rows = torch.from_numpy(batch.rows).to(self._values.device)
+        rows = sent(torch.from_numpy(batch.rows), self._values.device)
         self._values[rows] = torch.stack([(-loss).exp(), own - others, loss], 1)
         self._correct[rows] = z.argmax(1) == batch.labels
         if self._logits is not None:

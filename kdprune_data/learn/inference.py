@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,17 +17,22 @@ from torch import Tensor, nn
 from kdprune_data import order
 from kdprune_data.errors import UsageError, unknown
 from kdprune_data.learn import views
+from kdprune_data.learn.memory import keep_freed, sent
 from kdprune_data.learn.stream import Images, prefetch
 from kdprune_data.learn.views import Normalisation
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TOP = 5
+T = TypeVar("T")
+Begun = TypeVar("Begun")
+R = TypeVar("R")
 
 
 def choose_device(name: str) -> torch.device:
     """`auto`: cuda where there is one, then mps, then cpu. Raises UsageError for one that is not there.
 
-    Choosing cuda sets torch, for this process, to full float32 and to the same kernels every time.
+    Choosing cuda sets torch, for this process, to full float32 and to the same kernels every time; choosing cpu lets the process keep the
+    memory that it frees.
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -37,6 +43,8 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: there is none on this machine; use --device cpu")
     if name == "cuda":
         _make_exact()
+    if name == "cpu":
+        keep_freed()
     return torch.device(name)
 
 
@@ -68,9 +76,30 @@ def evaluation_batches(
     """(rows, uint8 images of shape (n, 3, size, size)) of each batch of rows, as they are evaluated."""
 
     def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
-        return some, torch.cat([views.evaluation(images.get(some[at]), size) for at in images.few(some)])
+        return some, joined([views.evaluation(images.get(some[at]), size) for at in images.few(some)])
 
     yield from prefetch(make, batches, threads)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a batch, one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def overlapped(begin: Callable[[T], Begun], end: Callable[[Begun], R], items: Iterable[T], device: torch.device) -> Iterator[R]:
+    """`end(begin(item))` of every item, in order. On CUDA, where `begin` only queues what is to be computed, an item ends when the next has
+    begun: while the results of one are worked on here, the device computes those of the next."""
+    if device.type != "cuda":
+        for item in items:
+            yield end(begin(item))
+        return
+    begun: list[Begun] = []
+    for item in items:
+        begun.append(begin(item))
+        if len(begun) > 1:
+            yield end(begun.pop(0))
+    for last in begun:
+        yield end(last)
 
 
 @dataclass(frozen=True)
@@ -136,12 +165,19 @@ def evaluate(
     loss = 0.0
     right, among = np.zeros(len(data), bool), np.zeros(len(data), bool)
     with evaluating(predictor.net, device) as net:
-        for some, pixels in evaluation_batches(images, order.batches(rows, batch), size=predictor.size):
-            logits = net(predictor.normalisation.apply(pixels.to(device))).float()
-            labels = torch.from_numpy(data.labels[some].astype(np.int64)).to(device)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            right[some] = (logits.argmax(1) == labels).cpu().numpy()
-            among[some] = (logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]).any(1).cpu().numpy()
+
+        def begin(item: tuple[NDArray[np.int64], Tensor]) -> tuple[NDArray[np.int64], Tensor, Tensor, Tensor]:
+            some, pixels = item
+            logits = net(predictor.normalisation.apply(sent(pixels, device))).float()
+            labels = sent(torch.from_numpy(data.labels[some].astype(np.int64)), device)
+            best = logits.topk(min(TOP, logits.shape[1])).indices
+            lost = F.cross_entropy(logits, labels, reduction="sum")
+            return some, lost, logits.argmax(1) == labels, (best == labels[:, None]).any(1)
+
+        batches = evaluation_batches(images, order.batches(rows, batch), size=predictor.size)
+        for some, lost, is_right, is_among in overlapped(begin, lambda found: found, batches, device):
+            loss += float(lost)
+            right[some], among[some] = is_right.cpu().numpy(), is_among.cpu().numpy()
             if tick is not None:
                 tick(len(some))
     classes = len(data.classes)

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdprune_data import order
 from kdprune_data.errors import KdpruneError, UsageError, first_line
+from kdprune_data.learn.average import Average
 from kdprune_data.learn.checkpoint import Checkpoint
 from kdprune_data.learn.hooks import Hooks, LossOf
+from kdprune_data.learn.memory import arriving
 from kdprune_data.learn.recipe import Plan, Recipe
 from kdprune_data.learn.stream import Batch, Feed
 from kdprune_data.learn.views import Normalisation
@@ -66,9 +67,8 @@ class Training:
         self.diverged = False
         self._saved, self._pause = 0.0, 0.0
         self._loss, self._right = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-        nesterov = recipe.momentum > 0  # without momentum torch has no Nesterov
-        self._optimizer = torch.optim.SGD(_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
-        self._average = None if recipe.ema is None else _average(self.model, recipe.ema)
+        self._optimizer = _optimizer(model, recipe, device)
+        self._average = None if recipe.ema is None else Average(self.model, recipe.ema)
         # One program for each of an epoch's two lengths of batch, whichever comes first: a continued run computes as the first did.
         self._compiled = torch.compile(self.model, dynamic=False) if recipe.compile else None
 
@@ -127,7 +127,7 @@ class Training:
             self.seen = 0
         left = min(self.plan.per_epoch - self.within, self.plan.steps - self.step)
         with closing(self.feed.epoch(self.epoch, self.within)) as batches:
-            for batch in islice(batches, left):
+            for batch in arriving(islice(batches, left), self.device):
                 self._learn(batch, loss_of, hooks)
                 self.within += 1
                 self.seen += len(batch.rows)
@@ -138,16 +138,14 @@ class Training:
                 yield len(batch.rows)
 
     def _learn(self, batch: Batch, loss_of: LossOf, hooks: Hooks) -> None:
-        """One step."""
+        """One step, of a batch on the device. On CUDA nothing here waits for what is computed."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.lr_at(self.step, self.recipe)
-        pixels = batch.images.to(self.device)
-        images = self.normalisation.apply(pixels)
-        moved = batch.to(self.device, images)
+        moved = replace(batch, images=self.normalisation.apply(batch.images))
         if self.teacher is not None:
-            moved = replace(moved, logits=self.teacher(pixels))
+            moved = replace(moved, logits=self.teacher(batch.images))
         with self._compiling():
-            logits = self._forward(images)
+            logits = self._forward(moved.images)
             loss = loss_of(logits, moved)
             if hooks.observe is not None:
                 hooks.observe(moved, logits.detach())
@@ -157,7 +155,7 @@ class Training:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self._optimizer.step()
         if self._average is not None:
-            self._average.update_parameters(self.model)
+            self._average.follow(self.model)
         self._loss += loss.detach() * len(batch.rows)
         self._right += (logits.detach().argmax(1) == moved.labels).sum()
 
@@ -268,9 +266,11 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _average(model: nn.Module, decay: float) -> AveragedModel:
-    """The moving average of weights and of buffers, norm statistics among them; it begins with the weights after the first step."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """SGD, on CUDA in one kernel for all parameters."""
+    groups, fused = _groups(model, recipe.weight_decay), True if device.type == "cuda" else None
+    nesterov = recipe.momentum > 0  # without momentum torch has no Nesterov
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,88 +1,38 @@
 """From shards to batches: the order of training, decoding, views and soft labels, for our own trainer and for anybody's.
 
-1. `Images` reads and decodes samples by row; small ones of equal size are decoded once and kept.
+1. `Images` (learn/decoded.py) reads and decodes samples by row, and keeps those that fit in memory.
 2. A `ViewSource` says which view of a sample an epoch shows: drawn fresh, or replayed from a logit cache together with its soft labels.
 3. `Feed.epoch` walks an epoch in the order of `order.epoch_order` and yields `Batch`es, prepared by threads but in order.
 
-`SoftLabelDataset` is the same for people with their own training loop.
+`SoftLabelDataset` (learn/loader.py) is the same for people with their own training loop.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from kdprune_data import order
-from kdprune_data.errors import MismatchError, SourceError, UsageError
+from kdprune_data.errors import MismatchError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import Joined, LogitCache
-from kdprune_data.images import decode
 from kdprune_data.learn import views
+from kdprune_data.learn.decoded import Images as Images  # where others look for it
 from kdprune_data.learn.views import Geometry, Normalisation, Pixels, Policy
 
-KEEP_BYTES = 2_000_000_000
-"""Decoded images of one size are kept in memory up to this many bytes."""
-DECODED_BYTES = 32_000_000
-"""Images that are decoded to be rendered take about this much memory in each thread, or one image does: photographs are large."""
 NORMALISATION_SAMPLES = 10_000
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Images:
-    """Decoded images of a data set, by row. May be used by several threads."""
-
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
-        rows = data.usable()
-        sizes = data.sizes[rows]
-        self.equal = bool((sizes == sizes[0]).all())
-        self._kept: NDArray[np.uint8] | None = None
-        self._there = np.zeros(len(data), bool)
-        if self.equal and len(data) * int(sizes[0].prod()) * 3 <= KEEP_BYTES:
-            self._kept = np.empty((len(data), *sizes[0].tolist(), 3), np.uint8)
-
-    def get(self, rows: NDArray[np.int64]) -> Pixels | list[Pixels]:
-        """Images of some rows: uint8 of shape (n, h, w, 3) where all images are of one size, else a list of (h, w, 3).
-
-        Raises SourceError that names a sample which does not decode.
-        """
-        if self._kept is None:
-            found = [self._decoded(row) for row in rows.tolist()]
-            return np.stack(found) if self.equal else found
-        for row in rows[~self._there[rows]].tolist():
-            self._kept[row] = self._decoded(row)
-            self._there[row] = True
-        return self._kept[rows]
-
-    def _decoded(self, row: int) -> NDArray[np.uint8]:
-        data = self.data.image_bytes(row)
-        try:
-            return decode(data)
-        except SourceError as error:
-            raise SourceError(
-                f"sample {self.data.ids[row]!r} in {self.data.shard_paths[self.data.shards[row]]}: {error}; index the shards again without "
-                "--no-digests, or import them again, and it is left out"
-            ) from None
-
-    def few(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Places in `rows`, in parts so small that the images of one take at most DECODED_BYTES, or are one image."""
-        largest = 3 * int(self.data.sizes[rows].astype(np.int64).prod(1).max(initial=1))
-        return list(order.batches(np.arange(len(rows)), max(1, DECODED_BYTES // largest)))
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Images, (self.data,))
 
 
 def normalisation_of(images: Images, *, threads: int = 1, tick: Callable[[int], None] | None = None) -> Normalisation:
@@ -227,10 +177,9 @@ class Feed:
     def make(self, rows: NDArray[np.int64], epoch: int) -> Batch:
         """One batch."""
         boxes, logits = self.views.show(rows, epoch)
-        size = self.views.policy.size
-        images = torch.cat([views.render(self.images.get(rows[at]), boxes.take(at), size) for at in self.images.few(rows)])
+        images = self.images.rendered(rows, boxes, self.views.policy)
         labels = torch.from_numpy(self.images.data.labels[rows].astype(np.int64))
-        soft = None if logits is None else torch.from_numpy(logits.astype(np.float32))
+        soft = None if logits is None else torch.from_numpy(logits).to(torch.float32)  # from float16 ten times as fast as numpy
         return Batch(rows, images, labels, soft, None if self.weights is None else torch.from_numpy(self.weights[rows]))
 
 
@@ -250,65 +199,6 @@ def prefetch(make: Callable[[T], R], plan: Iterable[T], threads: int) -> Generat
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-class SoftLabelDataset(IterableDataset[dict[str, Any]]):
-    """Whole training batches of a data set or subset, with the teacher's soft labels: for people with their own training loop.
-
-    Iterating yields one epoch of dicts: `image`, normalised float32 of shape (n, 3, s, s); `label`, int64 of shape (n,), -1 = none;
-    `logits`, float32 of shape (n, c), or None without a cache; `weight`, float32 of shape (n,), the subset's weights, 1 where it has none;
-    `id`, a list of n str. Order, views and soft labels are those of `kdprune-data distill` for the same seed. Give it to
-    `DataLoader(..., batch_size=None)`; with workers, batches are shared out in turn and come in the same order.
-
-    subset: a data set or subset folder; logits: a logit cache that covers it; epoch: counted from 0, see `set_epoch`; views: how many of
-    the cache's views to use in turn (all). Without logits every epoch draws a fresh view.
-
-    Raises UsageError, MismatchError and FormatError as the readers of the two folders do.
-    """
-
-    def __init__(
-        self,
-        subset: str | Path,
-        logits: str | Path | None = None,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        epoch: int = 0,
-        views: int | None = None,
-    ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise UsageError(f"batch_size {batch_size} is too small: at least 1")
-        if views is not None and views < 1:
-            raise UsageError(f"views {views} is too small: at least 1, or None for all")
-        data = Dataset.open(subset)
-        images = Images(data)
-        # In shared memory: persistent workers hold a copy of this object, made before the next `set_epoch`.
-        self._epoch = torch.tensor(epoch).share_memory_()  # type: ignore[no-untyped-call]  # torch's stub lacks it
-        self.normalisation = normalisation_of(images)
-        self._feed = Feed(images, view_source(data, logits, seed, views), batch_size, seed, weights=data.weights)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch (counted from 0) that the next iteration yields."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (counted from 0) that the next iteration yields, in the workers of a DataLoader too."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return self._feed.steps_per_epoch()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        ids, epoch = self._feed.images.data.ids, self.epoch
-        for rows in self._feed.plan(epoch)[first::step]:
-            batch = self._feed.make(rows, epoch)
-            image = self.normalisation.apply(batch.images)
-            yield {"image": image, "label": batch.labels, "logits": batch.logits, "weight": batch.weights, "id": ids[rows].tolist()}
 
 
 def view_source(data: Dataset, logits: str | Path | None, seed: int, count: int | None) -> ViewSource:

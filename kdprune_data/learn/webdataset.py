@@ -109,6 +109,11 @@ class Join:
         found = [sample[name] for name in ([named] if named else images.MEMBERS) if name in sample]
         return bytes(found[0]) if found else b""
 
+    def _rendered(self, row: int, encoded: bytes, box: Geometry) -> Tensor:
+        policy = self.source.policy
+        high, wide = self.data.sizes[row].tolist()
+        return views.shown(policy, [views.Scalable(encoded, (high, wide)) if policy.scaled else images.decode(encoded)], box)[0]
+
     def _joined(self, sample: Sample, row: int, box: Geometry, logits: NDArray[np.floating] | None) -> Sample:
         label, encoded = int(self.data.labels[row]), self._image(sample)
         added: Sample = {"box": torch.tensor([int(side[0]) for side in (box.top, box.left, box.height, box.width)])}
@@ -116,7 +121,7 @@ class Join:
         if logits is not None:
             added["logits"] = torch.from_numpy(logits.astype(np.float32))
         if self.render:
-            added["image"] = views.render([images.decode(encoded)], box, self.source.policy.size)[0]
+            added["image"] = self._rendered(row, encoded, box)
         if clash := added.keys() & sample.keys():
             where = f"{sample['__url__']} sample {sample['__key__']!r}"
             raise SourceError(f"{where} has a member .{min(clash)}, and such a value is added here: rename the member")

@@ -9,13 +9,12 @@ Shards are read slice by slice, not mapped: what is mapped counts as the process
 
 from __future__ import annotations
 
-import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,47 +23,13 @@ from kdprune_data.errors import SourceError, some
 from kdprune_data.formats import tar
 from kdprune_data.formats.foreign import read_classes
 from kdprune_data.formats.members import UNLABELLED, UNNAMED, Members, Numbering, classes_beside, numbering
+from kdprune_data.formats.reading import TarFile
 from kdprune_data.sources.base import Item, Outline, SourceOptions, key_of, listing, outlined, places_of
 
 NAME_BYTES = 100
 """What a USTAR header holds of a name."""
 MAGIC_BYTES = 16
 """Of an image, what tells its type."""
-
-
-class TarFile:
-    """A tar's bytes, read from the file slice by slice."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = os.open(path, os.O_RDONLY)
-        self._size = os.fstat(self._file).st_size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, part: slice) -> bytes:
-        """Raises SourceError where the file has become shorter."""
-        start, stop, _ = part.indices(self._size)
-        found = os.pread(self._file, max(0, stop - start), start)
-        return found if len(found) >= stop - start else self._rest(found, start, stop)
-
-    def _rest(self, found: bytes, start: int, stop: int) -> bytes:
-        """One call reads at most 2 GiB."""
-        parts = [found]
-        at = start + len(found)
-        while at < stop:
-            parts.append(os.pread(self._file, stop - at, at))
-            if not parts[-1]:
-                raise SourceError(f"{self._path} changed while it was read: it ends at byte {at:,}, before {stop:,}; import it again")
-            at += len(parts[-1])
-        return b"".join(parts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
 
 
 class Found(NamedTuple):

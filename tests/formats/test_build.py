@@ -60,6 +60,19 @@ def test_what_is_left_is_the_files_and_the_manifest(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_may_be_written_in_any_order_and_is_hashed_in_its_own(tmp_path: Path) -> None:
+    with Build.begin(tmp_path / "x", identity()) as build:
+        with build.create("a.bin") as sink:
+            sink.place(b"ccc", 4)
+            sink.place(memoryview(b"aaaa"), 0)
+            sink.count(b"aaaa")
+            assert sink.tell() == 4
+            sink.count(b"ccc")
+        (made,) = build.files()
+    assert (tmp_path / "x" / "a.bin").read_bytes() == b"aaaaccc"
+    assert (made.bytes, made.sha256) == (7, hashlib.sha256(b"aaaaccc").hexdigest())
+
+
 def test_while_unfinished_the_folder_is_what_the_page_says(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     with Build.begin(folder, identity()) as build:

@@ -18,11 +18,11 @@ import pytest
 
 from kdprune_data import images, order
 from kdprune_data.errors import FormatError, MismatchError, SourceError, UsageError
-from kdprune_data.formats import indexing, subset, table, tar
+from kdprune_data.formats import copying, indexing, subset, table, tar
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
-from kdprune_data.formats.shard import Sample
+from kdprune_data.formats.shard import Handling, Sample
 from kdprune_data.formats.shards import Limits, ShardWriter
 
 COLUMNS = {  # docs/formats.md, as DuckDB calls the types
@@ -49,7 +49,7 @@ def sample(n: int, size: int = 3, label: int | None = 0) -> Sample:
 def written(folder: Path, samples: list[Sample], *, limits: Limits, jobs: int = 2, keep_bad: bool = False) -> Build:
     """Shards and index of some samples, with the build left open for more."""
     build = Build.begin(folder, Identity("dataset", "train", {"split": "train"}, []))
-    with ShardWriter(build, limits=limits, jobs=jobs, keep_bad=keep_bad) as writer:
+    with ShardWriter(build, limits=limits, jobs=jobs, handling=Handling(keep_bad)) as writer:
         for one in samples:
             writer.add(one)
         index = writer.finish()
@@ -107,6 +107,37 @@ def test_readers_see_arrays(digits: Path) -> None:
     assert read.rows_of(0).tolist() == list(range(n))
     assert read.usable().tolist() == list(range(n))
     assert hashlib.sha256(read.image_bytes(5)).digest() == read.sha256[5].tobytes()
+
+
+@pytest.mark.parametrize("open_files", [64, 2], ids=["all-open", "one-by-one"])
+def test_many_images_are_read_at_once_in_any_order(digits: Path, open_files: int) -> None:
+    read = Dataset.open(digits / "data" / "train")
+    vars(read)["maps"] = tar.Maps(read.shard_paths, open_files)
+    shards = [path.read_bytes() for path in read.shard_paths]
+    assert len(shards) > 2
+    at = zip(*(read.index[name].to_pylist() for name in ("shard", "image_offset", "image_length")), strict=True)
+    expected = [shards[shard][offset : offset + length] for shard, offset, length in at]
+    rows = np.random.default_rng(0).integers(0, len(read), 700)
+    assert read.read(rows) == [expected[row] for row in rows]
+    assert read.read(range(len(read))) == expected
+    assert read.read([]) == []
+
+
+def test_of_many_images_the_first_that_was_changed_is_named(digits: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(digits / "data" / "val", tmp_path / "val")
+    read = Dataset.open(folder)
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        for row in (7, 30):
+            file.seek(read.index["image_offset"][row].as_py() + 20)
+            file.write(b"!")
+    rows = [n for n in range(len(read)) if n not in (7, 30)]
+    assert len(read.read(rows)) == len(rows)
+    with pytest.raises(SourceError) as caught:
+        read.read([3, 30, 7])
+    assert str(caught.value) == (
+        f"{folder / 'shard-000000.tar'} was changed: sample {read.ids[30]!r} is not the image that was indexed; "
+        f"make or fetch {folder} again"
+    )
 
 
 def test_bad_samples_are_counted_and_never_usable(tmp_path: Path) -> None:
@@ -178,7 +209,7 @@ def test_shards_left_by_an_interrupted_run_are_taken_as_they_are(tmp_path: Path,
         return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
 
     samples = [sample(n) for n in range(20)]
-    with begin("x") as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False, window=0) as writer:
+    with begin("x") as build, ShardWriter(build, limits=Limits(5), jobs=jobs, handling=Handling(), window=0) as writer:
         for one in samples[:12]:
             writer.add(one)
     stamps = shards()
@@ -188,7 +219,7 @@ def test_shards_left_by_an_interrupted_run_are_taken_as_they_are(tmp_path: Path,
         samples[7] = Sample("007", samples[8].data, 0, "")
 
     def write(name: str) -> pa.Table:
-        with begin(name) as build, ShardWriter(build, limits=Limits(5), jobs=jobs, keep_bad=False) as writer:
+        with begin(name) as build, ShardWriter(build, limits=Limits(5), jobs=jobs, handling=Handling()) as writer:
             for one in samples:
                 writer.add(one)
             return writer.finish()
@@ -220,7 +251,7 @@ def test_a_plan_cuts_as_the_writer_would(tmp_path: Path, limits: Limits, seed: i
     plan = subset.plan(parent, rows, limits)
     assert subset.index_of(parent, plan).equals(kept.index)
     with Build.begin(tmp_path / "copied", Identity("subset", "x", {}, [])) as build:
-        assert list(subset.copy(parent, plan, build, 3)) == plan.names
+        assert list(copying.copy(parent, plan, build, 3)) == plan.names
     assert [(tmp_path / "copied" / name).read_bytes() for name in plan.names] == [p.read_bytes() for p in kept.shard_paths]
 
 

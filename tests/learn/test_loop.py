@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from kdprune_data.errors import KdpruneError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.learn import inference, loop, models
+from kdprune_data.learn.average import Average
 from kdprune_data.learn.dynamics import Recorder
+from kdprune_data.learn.live import Teacher
 from kdprune_data.learn.loop import Hooks, Plan, Recipe, Training
+from kdprune_data.learn.memory import arriving
 from kdprune_data.learn.stream import Batch, DrawnViews, Feed, Images
 from kdprune_data.learn.views import Normalisation, Policy
 from kdprune_data.learn.weights import weights
@@ -345,6 +348,21 @@ def test_the_average_is_of_weights_and_buffers(chain: Path, decay: float) -> Non
     assert equal(found, weights(one.model)) == (decay == 0)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_an_average_follows_as_torch_updates_it(decay: float) -> None:
+    """Bit for bit, over steps: weights, norm statistics, and what counts batches."""
+    net = models.build(models.resolve("resnet8", classes=10, size=8), seed=0).train()
+    ours, theirs = Average(net, decay), Average(net, decay)
+    for step in range(3):
+        net(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)))
+        with torch.no_grad():
+            net.linear.weight += 0.1
+        ours.follow(net)
+        theirs.update_parameters(net)
+        assert equal(ours.state_dict(), theirs.state_dict())
+    assert int(ours.n_averaged) == 3
+
+
 def test_without_an_average_the_network_itself_is_learned(chain: Path) -> None:
     one = training(chain, Recipe(steps=1, batch=54))
     assert one.learned is one.model
@@ -487,3 +505,36 @@ def test_cuda_is_made_exact() -> None:
 def test_choosing_cuda_makes_it_exact(name: str) -> None:
     assert inference.choose_device(name).type == "cuda"
     assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_step_on_cuda_waits_for_nothing(chain: Path) -> None:
+    """Of torch's operations none that waits for the device, recorder, average, clipping and a live teacher included."""
+    device = torch.device("cuda")
+    data = Dataset.open(chain / "data/train")
+    feed = Feed(Images(data), DrawnViews(data, Policy("pad-crop", 8, False, 0, pad=1)), 20, 0)
+    nets = [models.build(models.resolve("resnet8", classes=10, size=8), seed=seed) for seed in (0, 1)]
+    teacher = Teacher(inference.Predictor(nets[1], EVEN, 8, device))
+    one = Training(nets[0], feed, Recipe(epochs=1, ema=0.9, clip=1.0), normalisation=EVEN, device=device, teacher=teacher)
+    steps = one.steps(cross_entropy, Hooks(observe=Recorder(len(data), device).observe))
+    next(steps)  # the first looks whether the teacher is whole, and loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(steps)
+        next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_batches_arrive_as_they_are(chain: Path, device: str) -> None:
+    """All of them, in order, on the device, laid out as they were."""
+    data = Dataset.open(chain / "data/train")
+    feed = Feed(Images(data), DrawnViews(data, Policy("pad-crop", 8, False, 0, pad=1)), 20, 0, weights=np.ones(len(data), np.float32))
+    made, found = list(feed.epoch(0)), list(arriving(feed.epoch(0), torch.device(device)))
+    assert len(found) == len(made) == 6
+    for one, other in zip(made, found, strict=True):
+        assert np.array_equal(one.rows, other.rows)
+        assert (other.images.device.type, other.images.stride()) == (device, one.images.stride())
+        pairs = ((one.images, other.images), (one.labels, other.labels), (one.weights, other.weights))
+        assert all(a is not None and b is not None and torch.equal(a, b.cpu()) for a, b in pairs)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from kdprune_data import order
 from kdprune_data.errors import MismatchError, UsageError
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.logits import LogitCache
 from kdprune_data.images import decode
-from kdprune_data.learn import inference, stream, views
-from kdprune_data.learn.stream import Batch, CachedViews, DrawnViews, Feed, Images, SoftLabelDataset, cached_views, normalisation_of
+from kdprune_data.learn import decoded, inference, stream, views
+from kdprune_data.learn.decoded import Images
+from kdprune_data.learn.stream import Batch, CachedViews, DrawnViews, Feed, cached_views, normalisation_of
 from kdprune_data.learn.views import Policy
 
 SUBSET, CACHE = Path("subsets/random-0.5-s0"), Path("logits/random-0.5-s0--resnet8-s0")
@@ -70,8 +70,8 @@ def test_images_of_several_sizes_come_as_a_list(tmp_path: Path, class_folders: P
 class Counting(Images):
     """Images that note how many were asked for at a time."""
 
-    def __init__(self, data: Dataset) -> None:
-        super().__init__(data)
+    def __init__(self, data: Dataset, keep: str = "auto") -> None:
+        super().__init__(data, keep=keep)
         self.most = 0
 
     def get(self, rows: np.ndarray) -> Any:
@@ -79,25 +79,24 @@ class Counting(Images):
         return super().get(rows)
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("keep", ["auto", "on", "off"])
 @pytest.mark.parametrize(("at_once", "most"), [(1, 1), (3 * 64, 1), (5 * 3 * 64, 5), (32_000_000, 60)])
-def test_few_images_are_decoded_at_a_time(chain: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, at_once: int, most: int) -> None:
+def test_few_images_are_decoded_at_a_time(chain: Path, monkeypatch: pytest.MonkeyPatch, keep: str, at_once: int, most: int) -> None:
     """However large the batch, and with the same bytes: photographs are large, what they are rendered to is not."""
     data = Dataset.open(chain / "data/train")
     rows = np.arange(107, 47, -1)
     boxes = views.geometry(DRAWN, data.uids[rows], data.sizes[rows], 1)
     pixels = Images(data).get(rows)
-    monkeypatch.setattr(stream, "DECODED_BYTES", at_once)
-    monkeypatch.setattr(stream, "KEEP_BYTES", 10**9 if kept else 0)
+    monkeypatch.setattr(decoded, "DECODED_BYTES", at_once)
     for make, expected in (
         (lambda images: Feed(images, DrawnViews(data, DRAWN), 60, 0).make(rows, 1).images, views.render(pixels, boxes, 8)),
         (lambda images: next(inference.evaluation_batches(images, [rows], size=8))[1], views.evaluation(pixels, 8)),
         (lambda images: next(inference.evaluation_batches(images, [rows], size=12))[1], views.evaluation(pixels, 12)),
     ):
-        images = Counting(data)
+        images = Counting(data, keep)
         assert torch.equal(make(images), expected)
         assert images.most == most
-    images = Counting(data)
+    images = Counting(data, keep)
     assert normalisation_of(images) == normalisation_of(Images(data))
     assert images.most == (most if at_once < 10**6 else 108)
 
@@ -115,7 +114,7 @@ def test_normalisation_is_the_same_in_any_number_of_threads(
         (tmp_path / f"photos/{n % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"photos/{n % 2}/{n}.png")
     assert kdprune("import", tmp_path / "photos", cwd=tmp_path).code == 0
-    monkeypatch.setattr(stream, "DECODED_BYTES", 600)
+    monkeypatch.setattr(decoded, "DECODED_BYTES", 600)
     ticks: list[int] = []
     found = normalisation_of(Images(Dataset.open(tmp_path / "data/train")), threads=threads, tick=ticks.append)
     flat = np.concatenate([image.reshape(-1, 3) for image in pixels]).astype(np.float64) / 255
@@ -288,46 +287,6 @@ def test_other_classes_are_refused(tmp_path: Path, chain: Path, class_folders: P
         cached_views(Dataset.open(tmp_path / "data/train"), LogitCache.open(chain / CACHE))
 
 
-# --- SoftLabelDataset
-
-
-def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    soft = torch.equal(a["logits"], b["logits"]) if a["logits"] is not None else b["logits"] is None
-    return soft and a["id"] == b["id"] and torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-
-
-@pytest.mark.parametrize("with_logits", [True, False])
-def test_fields(chain: Path, with_logits: bool) -> None:
-    found = SoftLabelDataset(chain / SUBSET, chain / CACHE if with_logits else None, batch_size=20)
-    batches = list(found)
-    assert len(batches) == len(found) == 3
-    data = Dataset.open(chain / SUBSET)
-    assert sorted(one for b in batches for one in b["id"]) == sorted(data.ids.tolist())
-    label_of = dict(zip(data.ids.tolist(), data.labels.tolist(), strict=True))
-    for batch, n in zip(batches, (18, 18, 18), strict=True):
-        assert list(batch) == ["image", "label", "logits", "weight", "id"]
-        assert torch.equal(batch["weight"], torch.ones(n))
-        assert (batch["image"].shape, batch["image"].dtype) == ((n, 3, 8, 8), torch.float32)
-        assert (batch["label"].shape, batch["label"].dtype) == ((n,), torch.int64)
-        assert batch["label"].tolist() == [label_of[one] for one in batch["id"]]
-        if with_logits:
-            assert (batch["logits"].shape, batch["logits"].dtype) == ((n, 10), torch.float32)
-        else:
-            assert batch["logits"] is None
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_weights_come_with_their_samples(chain_copy: Path, weigh: Callable[..., None], workers: int) -> None:
-    """Those of `selection.parquet`, joined by place."""
-    weigh(chain_copy / SUBSET, np.arange(54) / 4)
-    data = Dataset.open(chain_copy / SUBSET)
-    weight_of = dict(zip(data.ids.tolist(), (np.arange(54) / 4).tolist(), strict=True))
-    found = SoftLabelDataset(chain_copy / SUBSET, chain_copy / CACHE, batch_size=20)
-    for batch in DataLoader(found, batch_size=None, num_workers=workers):
-        assert batch["weight"].dtype == torch.float32
-        assert batch["weight"].tolist() == [weight_of[one] for one in batch["id"]]
-
-
 @pytest.mark.parametrize("start", [0, 2])
 def test_a_feed_gives_each_batch_its_weights(chain: Path, start: int) -> None:
     data = Dataset.open(chain / "data/train")
@@ -342,76 +301,6 @@ def test_a_feed_gives_each_batch_its_weights(chain: Path, start: int) -> None:
         assert moved.images.shape[1] == 1
         assert (moved.rows is batch.rows, torch.equal(moved.labels, batch.labels), moved.logits) == (True, True, None)
     assert next(Feed(Images(data), drawn, 16, 0).epoch(1)).weights is None
-
-
-@pytest.mark.parametrize("count", [None, 2])
-def test_it_shows_what_distill_trains_on(chain: Path, count: int | None) -> None:
-    data, source = replay(chain, count=count)
-    found = SoftLabelDataset(chain / SUBSET, chain / CACHE, batch_size=16, seed=4, views=count)
-    normalisation = normalisation_of(Images(data))
-    for epoch in range(4):
-        found.set_epoch(epoch)
-        for mine, fed in zip(found, Feed(Images(data), source, 16, 4).epoch(epoch), strict=True):
-            assert mine["id"] == data.ids[fed.rows].tolist()
-            assert torch.equal(mine["image"], normalisation.apply(fed.images))
-            assert torch.equal(mine["logits"], fed.logits)
-
-
-def test_labels_only_draws_a_fresh_view_every_epoch(chain: Path) -> None:
-    found = SoftLabelDataset(chain / SUBSET, batch_size=54)
-    shown = []
-    for epoch in range(3):
-        found.set_epoch(epoch)
-        batch = next(iter(found))
-        shown.append(batch["image"][np.argsort(batch["id"])])
-    assert not torch.equal(shown[0], shown[1])
-    assert not torch.equal(shown[1], shown[2])
-
-
-def test_workers_change_nothing(chain: Path) -> None:
-    """Spawned, as everywhere but on Linux: so all that a worker needs must be picklable."""
-    found = SoftLabelDataset(chain / SUBSET, chain / CACHE, batch_size=7, epoch=1)
-    plain = list(DataLoader(found, batch_size=None))
-    shared = list(DataLoader(found, batch_size=None, num_workers=2, multiprocessing_context="spawn"))
-    assert len(plain) == 8
-    assert all(alike(a, b) for a, b in zip(plain, shared, strict=True))
-    assert all(alike(a, b) for a, b in zip(plain, list(found), strict=True))
-
-
-def test_persistent_workers_hear_of_the_epoch(chain: Path) -> None:
-    """They live through all epochs, with the copy of the data set that they were started with."""
-    found = SoftLabelDataset(chain / SUBSET, chain / CACHE, batch_size=18)
-    loader = DataLoader(found, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context="spawn")
-    for epoch in (0, 2, 1):
-        found.set_epoch(epoch)
-        assert found.epoch == epoch
-        assert all(alike(a, b) for a, b in zip(list(loader), list(found), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 0}, "batch_size 0 is too small: at least 1"),
-        ({"batch_size": -3}, "batch_size -3 is too small"),
-        ({"batch_size": 8, "views": 0}, "views 0 is too small: at least 1, or None for all"),
-        ({"batch_size": 8, "views": -1, "logits": None}, "views -1 is too small"),
-        ({"batch_size": 8, "views": 4}, "has 3 views, 4 are asked for"),
-        ({"batch_size": 8, "seed": -1}, "seed -1 is out of range"),
-        ({"batch_size": 8, "logits": SUBSET}, "expected logits"),
-        ({"batch_size": 8, "subset": CACHE}, "expected dataset or subset"),
-        ({"batch_size": 8, "subset": Path("nowhere")}, "nowhere does not exist"),
-    ],
-)
-def test_errors(chain: Path, settings: dict[str, Any], message: str) -> None:
-    given = {"subset": SUBSET, "logits": CACHE} | settings
-    subset, cache = given.pop("subset"), given.pop("logits")
-    with pytest.raises(UsageError, match=message):
-        next(iter(SoftLabelDataset(chain / subset, None if cache is None else chain / cache, **given)))
-
-
-def test_a_cache_of_other_samples_is_refused(chain: Path) -> None:
-    with pytest.raises(MismatchError, match="has no logits for 50 of 50 samples"):
-        SoftLabelDataset(chain / "data/test", chain / CACHE, batch_size=8)
 
 
 def test_prefetch_runs_few_items_ahead() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import re
 from dataclasses import replace
@@ -11,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kdprune_data import order
 from kdprune_data.errors import FormatError, UsageError
+from kdprune_data.images import SCALED_DECODER, decode
 from kdprune_data.learn import resize, views
+from kdprune_data.learn.policy import FLOAT32, KERNELS, UINT8
 from kdprune_data.learn.views import Crops, Geometry, Normalisation, Policy
 
 MASK = 2**64 - 1
@@ -199,20 +203,81 @@ def test_crops_padding_and_flips_are_exact(shape: tuple[int, int], size: int, as
     assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), expected)
 
 
+ROUNDED = {FLOAT32: 0.51, UINT8: 1.02}
+"""How far a kernel may be from a plain resize in float64: rounded to the nearest once, or along lines and then along columns."""
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", [1, 7, 16])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (23, 31), (200, 150)])
-def test_resized_crops_are_within_a_grey_level_of_a_plain_resize(shape: tuple[int, int], size: int) -> None:
+def test_resized_crops_are_within_a_grey_level_of_a_plain_resize(shape: tuple[int, int], size: int, kernel: str) -> None:
     boxes = drawn(replace(RESIZED, size=size), IDS[:8], [shape] * 8, 1)
     images = [noise(*shape, seed=n) for n in range(8)]
-    found = views.render(images, geometry_of(boxes), size).permute(0, 2, 3, 1).numpy().astype(np.float64)
+    found = views.render(images, geometry_of(boxes), size, kernel=kernel).permute(0, 2, 3, 1).numpy().astype(np.float64)
     for one, image, pixels in zip(boxes, images, found, strict=True):
-        assert np.abs(pixels - resized(cut(image, one), size, size)).max() <= 0.51  # rounded to the nearest: half a level, and float32
+        assert np.abs(pixels - resized(cut(image, one), size, size)).max() <= ROUNDED[kernel]
 
 
-def test_resized_boxes_that_reach_outside_are_padded_before_the_resize() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_resized_boxes_that_reach_outside_are_padded_before_the_resize(kernel: str) -> None:
     image, one = noise(20, 10), Box(-3, 4, 30, 12, True)
-    found = views.render([image], geometry_of([one]), 9)[0].permute(1, 2, 0).numpy().astype(np.float64)
-    assert np.abs(found - resized(cut(image, one), 9, 9)).max() <= 0.51
+    found = views.render([image], geometry_of([one]), 9, kernel=kernel)[0].permute(1, 2, 0).numpy().astype(np.float64)
+    assert np.abs(found - resized(cut(image, one), 9, 9)).max() <= ROUNDED[kernel]
+
+
+def test_the_kernel_of_whole_numbers_mirrors_last() -> None:
+    """Which costs less, and makes of a mirrored view the other one's mirror image, to the grey level."""
+    image = noise(41, 30)
+    boxes = geometry_of([Box(3, 2, 30, 25, False), Box(3, 2, 30, 25, True)])
+    plain, mirrored = views.render([image, image], boxes, 9, kernel=UINT8)
+    assert torch.equal(mirrored, plain.flip(2))
+
+
+# --- scaled decoding
+
+
+def jpeg(height: int, width: int) -> bytes:
+    """A smooth picture: what a scaled decoder leaves out of it is little."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([128 + 100 * np.sin(y / 40), 128 + 100 * np.cos(x / 50), 128 + 60 * np.sin((x + y) / 60)], 2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "eighths"), [(400, 224, 8), (447, 224, 8), (448, 224, 4), (900, 224, 2), (896, 112, 1), (90, 112, 8)]
+)
+def test_an_image_is_decoded_no_larger_than_its_box_needs(side: int, size: int, eighths: int) -> None:
+    data = jpeg(1001, 1203)
+    image = views.Scalable(data, (1001, 1203))
+    box = geometry_of([Box(40, 60, side, side + 5, True)])
+    policy = replace(RESIZED, size=size, decoder=SCALED_DECODER)
+    found = views.shown(policy, [image], box)
+    assert list(image._at) == [eighths]
+    assert image.at(eighths).shape[:2] == (-(-1001 * eighths // 8), -(-1203 * eighths // 8))
+    exact = views.shown(policy, [decode(data)], box)
+    assert (found.int() - exact.int()).abs().max() <= (0 if eighths == 8 else 12)  # edges are rounded to pixels of the scaled image
+    assert (found.int() - exact.int()).abs().float().mean() <= 1.5
+
+
+def test_what_is_no_jpeg_is_decoded_whole() -> None:
+    file = io.BytesIO()
+    Image.fromarray(noise(600, 500)).save(file, "png")
+    image, box = views.Scalable(file.getvalue(), (600, 500)), geometry_of([Box(0, 0, 600, 500, False)])
+    assert torch.equal(views.render([image], box, 32), views.render([noise(600, 500)], box, 32))
+
+
+@pytest.mark.parametrize(
+    "box", [Box(-50, -20, 700, 700, False), Box(500, 580, 300, 300, True), Box(599, 799, 1, 1, False), Box(0, 0, 600, 800, True)]
+)
+def test_scaled_boxes_may_be_anywhere(box: Box) -> None:
+    """Of the wanted size, and close to what the whole image gives, padding included."""
+    data = jpeg(600, 800)
+    found = views.render([views.Scalable(data, (600, 800))], geometry_of([box]), 64)
+    exact = views.render([decode(data)], geometry_of([box]), 64)
+    assert found.shape == exact.shape
+    assert (found.int() - exact.int()).abs().float().mean() <= 4
 
 
 def test_a_box_of_the_asked_size_is_not_resized() -> None:
@@ -252,7 +317,8 @@ def test_others_are_resized_by_the_shorter_side_and_cut_in_the_centre(shape: tup
     expected = whole[top : top + size, left : left + size]
     for images in ([image], image[None]):
         found = views.evaluation(images, size)[0].permute(1, 2, 0).numpy().astype(np.float64)
-        assert np.abs(found - expected).max() <= 0.51
+        long = max(shape) >= resize.LONG * min(shape)  # which is computed in float32
+        assert np.abs(found - expected).max() <= ROUNDED[FLOAT32 if long else UINT8]
 
 
 def test_the_sides_of_evaluation_are_those_everybody_uses() -> None:
@@ -267,14 +333,14 @@ def test_the_sides_of_evaluation_are_those_everybody_uses() -> None:
 @pytest.mark.parametrize("shape", [(20, 400), (400, 20), (3, 900), (900, 3), (300, 3001), (3001, 300), (64, 513), (1, 70), (70, 1)])
 @pytest.mark.parametrize("size", [8, 64])
 def test_long_images_are_evaluated_as_if_resized_whole(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], size: int) -> None:
-    """Equal but for sums that round otherwise: at most one pixel in ten thousand, by one grey level."""
+    """Equal but for sums that round otherwise, by one grey level."""
     image = noise(*shape, seed=sum(shape))
     found = views.evaluation([image], size)
     monkeypatch.setattr(resize, "LONG", 10**9)
     whole = views.evaluation([image], size)
     differs = (found.int() - whole.int()).abs()
     assert differs.max() <= 1
-    assert (differs > 0).float().mean() <= 1e-4
+    assert (differs > 0).float().mean() <= 0.35
 
 
 @pytest.mark.parametrize("shape", [(2, 2_000_000), (2_000_000, 2)])
@@ -362,6 +428,15 @@ def test_crops_that_cannot_be(pad: int | None, scale: tuple[float, ...], ratio: 
         views.policy_for(np.array([(8, 8)], np.int32), ["a"], size=None, flip="auto", seed=0, crops=Crops.of(pad, scale, ratio))
 
 
+def test_scaled_decoding_is_for_crops_that_are_resized() -> None:
+    sizes = np.array([(8, 8)], np.int32)
+    crops = Crops.of(None, (), (), "scaled")
+    with pytest.raises(UsageError, match="--decode scaled is for crops that are resized, and these are cut as they are: leave it out"):
+        views.policy_for(sizes, ["a"], size=None, flip="auto", seed=0, crops=crops)
+    found = views.policy_for(sizes, ["a"], size=16, flip="auto", seed=0, crops=crops)
+    assert (found.kind, found.scaled, found.to_dict()["decoder"]) == ("resized-crop", True, "libjpeg-turbo scaled, Pillow")
+
+
 def test_a_pad_where_images_are_resized_is_refused() -> None:
     with pytest.raises(UsageError, match="not all images are squares of 224 pixels: leave it out"):
         views.policy_for(np.array([(80, 90)], np.int32), ["a"], size=None, flip="auto", seed=0, crops=Crops(pad=1))
@@ -372,7 +447,17 @@ def test_flip_is_asked_for_or_automatic(flip: str, classes: str, expected: bool)
     assert views.policy_for(np.array([(8, 8)], np.int32), list(classes), size=None, flip=flip, seed=0).flip is expected
 
 
-@pytest.mark.parametrize("policy", [PAD, RESIZED, replace(RESIZED, scale=(0.08, 1.0), seed=2**31)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        PAD,
+        RESIZED,
+        replace(RESIZED, scale=(0.08, 1.0), seed=2**31),
+        replace(RESIZED, resize=FLOAT32),
+        replace(RESIZED, decoder=SCALED_DECODER),
+        views.identity(replace(RESIZED, decoder=SCALED_DECODER)),
+    ],
+)
 def test_a_policy_survives_its_manifest(policy: Policy) -> None:
     assert Policy.from_dict(policy.to_dict()) == policy
 

@@ -275,6 +275,19 @@ def test_a_shard_that_changed_later_is_noticed(foreign: list[Path], tmp_path: Pa
         read.image_bytes(40)
 
 
+def test_without_digests_a_shard_that_became_shorter_is_noticed(foreign: list[Path], tmp_path: Path) -> None:
+    run(foreign, tmp_path / "train", no_digests=True)
+    read = Dataset.open(tmp_path / "train")
+    rows = read.rows_of(1)
+    before = read.read(rows)
+    data = foreign[1].read_bytes()
+    foreign[1].write_bytes(data[: read.index["image_offset"][int(rows[-1])].as_py() + 10])
+    read = Dataset.open(tmp_path / "train")
+    assert read.read(rows[:-1]) == before[:-1]
+    with pytest.raises(SourceError, match=rf"was changed: sample '{read.ids[rows[-1]]}' is not the image that was indexed; make or fetch"):
+        read.read(rows)
+
+
 def test_shards_that_moved_are_found_again_and_others_are_not_taken_for_them(foreign: list[Path], tmp_path: Path) -> None:
     run(foreign, tmp_path / "train")
     before = Dataset.open(tmp_path / "train")

@@ -180,9 +180,7 @@ def test_scores_are_computed_on_the_cpu(chain: Path) -> None:
     networks = _scoring.Networks([net], [net], net, saved.normalisation, 8, device)
     columns = _columns.Columns(list(FROM_OUTPUTS), {})
     scorer = _scoring.Scorer(columns, Images(data), networks, {}, ["embedding", "logits"], batch=20, jobs=1, memory=10**9, seed=0)
-    images = views.evaluation(scorer.images.get(np.arange(20)), 8)
-    with torch.no_grad():
-        found, vectors = _scoring.of_batch(scorer, saved.normalisation.apply(images.to(device)), data.labels[:20].astype(np.int64))
+    [(found, vectors)] = _scoring.scored(scorer, [np.arange(20)])
     assert all(np.isfinite(values).all() for values in (*found.values(), *vectors.values()))
 
 

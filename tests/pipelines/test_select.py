@@ -20,7 +20,7 @@ from kdprune_pipelines._console import Outcome
 
 from kdprune_data import order
 from kdprune_data.errors import ExistsError, FormatError, KdpruneError, MismatchError, SourceError, UsageError
-from kdprune_data.formats import subset
+from kdprune_data.formats import copying, subset
 from kdprune_data.formats.build import Build
 from kdprune_data.formats.dataset import Dataset
 from kdprune_data.formats.identity import Identity
@@ -148,6 +148,22 @@ def test_threads_change_no_byte(train: Path, tmp_path: Path, digests: Digests) -
         run(train, tmp_path / str(jobs) / "x", frac="0.5", shard_samples=37, jobs=jobs)
     assert digests(tmp_path / "1") == digests(tmp_path / "4")
     assert Manifest.load(tmp_path / "1" / "x").digest == Manifest.load(tmp_path / "4" / "x").digest
+
+
+def test_unchecked_makes_the_same_subset_and_leaves_damage_to_verify(train: Path, tmp_path: Path, digests: Digests) -> None:
+    parent = shutil.copytree(train, tmp_path / "train")
+    for name, unchecked in (("a", False), ("b", True)):
+        run(parent, tmp_path / name / "x", frac="1", unchecked=unchecked)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert Manifest.load(tmp_path / "a/x").digest == Manifest.load(tmp_path / "b/x").digest
+    data = bytearray((parent / "shard-000001.tar").read_bytes())
+    data[Dataset.open(parent).index["image_offset"][700].as_py() + 60] ^= 1
+    (parent / "shard-000001.tar").write_bytes(data)
+    assert "shard-000001.tar was changed: sample '" in refusal(SourceError, parent, tmp_path / "c", frac="1")
+    run(parent, tmp_path / "c", frac="1", unchecked=True)
+    found = verify.run(verify.VerifyConfig(artefact=tmp_path / "c"))
+    assert not found.ok
+    assert f"sample {Dataset.open(parent).ids[700]!r}: its image's sha256 is not the index's" in found.text
 
 
 def test_samples_that_do_not_decode_are_no_candidates(class_folders: Path, tmp_path: Path) -> None:
@@ -581,7 +597,7 @@ def test_a_shard_of_an_interrupted_run_is_trusted_only_for_the_very_samples(trai
     def copied(rows: np.ndarray) -> dict[str, int]:
         plan = subset.plan(parent, rows, limits)
         with Build.begin(tmp_path / "x", identity) as build:
-            assert list(subset.copy(parent, plan, build, 2)) == plan.names
+            assert list(copying.copy(parent, plan, build, 2)) == plan.names
         paths = sorted((tmp_path / "x").glob("*.tar"))
         assert [path.name for path in paths] == plan.names
         for path, at in zip(paths, range(0, len(rows), 20), strict=True):
@@ -683,6 +699,8 @@ def test_a_parent_that_was_replaced_is_noticed_by_its_ids_only_subset(train: Pat
         ({"keys": "x.txt", "balance": "none"}, "--balance changes how samples are ranked, and --keys is a list that is kept as it is"),
         ({"keys": "x.txt", "seed": 3}, "--seed changes how samples are ranked"),
         ({"keys": "x.txt", "ranks": True}, "--ranks changes how samples are ranked"),
+        ({"frac": "0.5", "ids_only": True, "unchecked": True}, "the check of images that are copied, and --ids-only copies none"),
+        ({"frac": "0.5", "ids_only": True, "normalize": True}, "--normalize leaves out headers of what is copied, and --ids-only"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(train: Path, tmp_path: Path, settings: dict[str, str], message: str) -> None:

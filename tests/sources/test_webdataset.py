@@ -14,8 +14,8 @@ import pytest
 
 from kdprune_data.errors import KdpruneError, SourceError, UsageError
 from kdprune_data.formats.members import UNLABELLED, UNNAMED
+from kdprune_data.formats.reading import TarFile
 from kdprune_data.sources import Item, SourceOptions, numbered, open_source
-from kdprune_data.sources.webdataset import TarFile
 
 Images = list[tuple[bytes, int]]
 Members = Sequence[tuple[str, bytes]]
