@@ -114,8 +114,8 @@ def main() -> None:
     made.add_argument("--bytes", type=float, default=1e9, help="They are repeated under other keys to so many bytes.")
     made.add_argument("--data", type=Path, help="Parquet file of 32x32 images.")
     made.add_argument("--samples", type=int, default=50_000, help="So many of these; repeated under other keys where they are fewer.")
-    made.add_argument("--rounds", type=int, default=9, help="Rounds; each runs every loop once, one after the other.")
-    made.add_argument("--peer-rounds", type=int, default=1, help="The same where WebDataset takes part, which takes long.")
+    made.add_argument("--rounds", type=int, default=7, help="Rounds; each runs every loop once, one after the other.")
+    made.add_argument("--peer-rounds", type=int, default=2, help="The same where WebDataset takes part, which takes long.")
     made.add_argument("--work", type=Path, help="Folder to work in, on the disk to be measured, which is kept; default a temporary one.")
     asked = made.parse_args()
     if asked.cpu:
@@ -125,7 +125,7 @@ def main() -> None:
         for name, path in (("photographs", asked.photos), ("32x32", asked.data)):
             if path is not None:
                 rows += _images(asked, name, path, (asked.work or Path(temporary)) / name)
-    n = {"n": asked.samples, "bytes": asked.bytes, "rounds": asked.rounds, "peer_rounds": asked.peer_rounds}
+    n = {"n": asked.samples, "bytes": int(asked.bytes), "rounds": asked.rounds, "peer_rounds": asked.peer_rounds}
     report(asked, rows, measured(asked, ["webdataset", "numpy", "pyarrow"], **n))
 
 

@@ -189,6 +189,8 @@ def _times_alone(bodies: NDArray[np.uint8], sizes: NDArray[np.int64]) -> NDArray
     at, fine = np.zeros(len(bodies), np.int64), sizes > 0
     for _ in KEYS:
         going = fine & (at < sizes)
+        if not going.any():
+            break
         text = bodies[rows[:, None], np.minimum(at[:, None] + np.arange(9), tar.BLOCK - 1)]
         digits = text[:, :2].astype(np.int64) - ord("0")
         ends = at + 10 * digits[:, 0] + digits[:, 1]

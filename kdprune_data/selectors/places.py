@@ -7,19 +7,15 @@ that side. Where more would be collected than fits, the classes take turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdprune_data.selectors.classwise import Sorted, by_class, merged
 from kdprune_data.selectors.parts import Rows, in_turn
 from kdprune_data.selectors.tally import Tally
-
-T = TypeVar("T", bound=np.generic)
-Sorted = tuple[NDArray[np.int64], NDArray[T]]
-"""Of each class how many values it has, and the values, class by class."""
 
 Bounds = tuple[NDArray[np.floating], NDArray[np.floating]]
 
@@ -82,39 +78,19 @@ def groups(classes: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDAr
         at = end
 
 
-def sorted_by(numbers: NDArray[np.integer], values: NDArray[T], count: int) -> Sorted[T]:
-    """Values in the order of their numbers, which are below `count`; those of one number as they came."""
-    numbers = numbers.astype(np.uint8 if count <= 1 << 8 else np.uint16 if count <= 1 << 16 else np.int64)
-    order = np.argsort(numbers, kind="stable")  # by radix where numbers have 16 bits
-    return np.bincount(numbers, minlength=count), values[order]
-
-
-def merged(parts: Sequence[Sorted[T]], count: int, kind: np.dtype[T]) -> Sorted[T]:
-    """Many such as one."""
-    sizes = np.zeros(count, np.int64)
-    for own, _ in parts:
-        sizes += own
-    values = np.empty(int(sizes.sum()), kind)
-    free = np.cumsum(sizes) - sizes
-    for own, some in parts:
-        values[np.arange(len(some)) + np.repeat(free - (np.cumsum(own) - own), own)] = some
-        free += own
-    return sizes, values
-
-
 def _brackets(tally: Tally, wanted: NDArray[np.int64]) -> _Search:
     """From the sample: where the place must be, all but certainly."""
     kind, classes = tally.scores.dtype, len(tally.sizes)
     search = _Search(wanted, np.full(classes, -np.inf, kind), np.full(classes, np.inf, kind), tally.sizes.copy())
-    sizes, grouped = sorted_by(tally.places, tally.scores, classes)
-    ends = np.cumsum(sizes)
+    starts, grouped = merged([by_class(tally.places, tally.scores, classes)], classes, kind)
+    sizes = np.diff(starts)
     for one in np.flatnonzero((wanted >= 0) & (sizes >= LEAST)).tolist():
         n = int(sizes[one])
         share = 1 - (int(wanted[one]) + 0.5) / int(tally.sizes[one])
         width = SURE * np.sqrt(n * share * (1 - share)) + 2
         low, high = int(share * n - width), int(share * n + width)
         ends_at = [at for at in (low, high) if 0 <= at < n]
-        values = np.partition(grouped[ends[one] - n : ends[one]], ends_at) if ends_at else grouped
+        values = np.partition(grouped[starts[one] : starts[one + 1]], ends_at) if ends_at else grouped
         if 0 <= low < n:
             search.lower[one] = values[low]
         if 0 <= high < n:
@@ -133,14 +109,13 @@ def _look(rows: Rows, tally: Tally, group: NDArray[np.int64], search: _Search, f
     counts = np.zeros((count, 5), np.int64)
     collected: list[Sorted[np.floating]] = []
     for part in in_turn(lambda part: _read(rows, part, tally, first, (lower, upper)), rows.parts, jobs):
-        for counted, scores in part:
+        for counted, between in part:
             counts += counted
-            collected.append((counted[:, 2], scores))
-    sizes, between = merged(collected, count, tally.scores.dtype)
-    ends = np.cumsum(sizes)
+            collected.append(between)
+    starts, scores = merged(collected, count, tally.scores.dtype)
     for one in group.tolist():
         at = one - first
-        _settle(one, counts[at, ::-1].cumsum(), between[ends[at] - counts[at, 2] : ends[at]], search, found)
+        _settle(one, counts[at, ::-1].cumsum(), scores[starts[at] : starts[at + 1]], search, found)
 
 
 def _settle(one: int, upto: NDArray[np.int64], between: NDArray[np.floating], search: _Search, found: Places) -> None:
@@ -162,7 +137,7 @@ def _settle(one: int, upto: NDArray[np.int64], between: NDArray[np.floating], se
         search.lower[one], search.upper[one], search.between[one] = -np.inf, search.lower[one], size - at_lower
 
 
-def _read(rows: Rows, part: int, tally: Tally, first: int, bounds: Bounds) -> list[Sorted[np.floating]]:
+def _read(rows: Rows, part: int, tally: Tally, first: int, bounds: Bounds) -> list[tuple[NDArray[np.int64], Sorted[np.floating]]]:
     """Of each piece of a part: how many rows of each class are below, at the lower end of, between, at the upper end of and above its
     bounds, int64 of shape (count, 5); the scores of those between, by class."""
     lower, upper = bounds
@@ -181,5 +156,5 @@ def _read(rows: Rows, part: int, tally: Tally, first: int, bounds: Bounds) -> li
         cell += where
         counts = np.bincount(cell, minlength=5 * count).reshape(count, 5)
         between = np.flatnonzero(where == 2)
-        found.append((counts, sorted_by(number[between], scores[between], count)[1]))
+        found.append((counts, by_class(number[between], scores[between], count)))
     return found

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from kdprune_data import order
 from kdprune_data.errors import UsageError
+from kdprune_data.selectors.classwise import Sorted, by_class, merged
 from kdprune_data.selectors.parts import Piece, Rows, in_turn
-from kdprune_data.selectors.places import Sorted, groups, merged, places, sorted_by
+from kdprune_data.selectors.places import groups, places
 from kdprune_data.selectors.ranked import RankedParams
 from kdprune_data.selectors.shares import shares
 from kdprune_data.selectors.tally import Tally
@@ -167,13 +168,12 @@ def _tied(rows: Rows, tally: Tally, group: NDArray[np.int64], found: Edges, *, j
     ties = Ties(upper, lower, {})
     first, count = int(group[0]), int(group[-1] - group[0]) + 1
     read: dict[tuple[int, int], tuple[NDArray[np.integer], Hashes]] = {}
-    groups_: list[Sorted[np.uint64]] = []
+    pieces: list[Sorted[np.uint64]] = []
     for part, one in enumerate(in_turn(lambda part: _hashes(rows, part, tally, ties, (first, count)), rows.parts, jobs)):
         read |= {(part, at): (slots, own) for at, (slots, own, _) in enumerate(one)}
-        groups_ += [sorted_ for _, _, sorted_ in one]
-    sizes, hashes = merged(groups_, 2 * count, np.dtype(np.uint64))
-    del groups_
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+        pieces += [ordered for _, _, ordered in one]
+    starts, hashes = merged(pieces, 2 * count, np.dtype(np.uint64))
+    pieces.clear()
     least, most = np.ones(2 * count, np.uint64), np.zeros(2 * count, np.uint64)  # none, until it is said
     for one in group.tolist():
         slot = 2 * (one - first)
@@ -212,4 +212,4 @@ def _hashes(rows: Rows, part: int, tally: Tally, ties: Ties, classes: tuple[int,
         own = number[tied[-1]].astype(np.int64)
         slots.append((2 * (own - first) + (piece.scores[tied[-1]] == ties.lower[own])).astype(np.int32))
     hashes = rows.hashes(part, tied)
-    return [(slot, own, sorted_by(slot, own, 2 * count)) for slot, own in zip(slots, hashes, strict=True)]
+    return [(slot, own, by_class(slot, own, 2 * count)) for slot, own in zip(slots, hashes, strict=True)]

@@ -85,6 +85,8 @@ EMPTY: list[tuple[list[str], str]] = [
     (["teacher", "--weights", "nowhere.pth"], "--epochs 0 adopts a teacher: it goes with --weights FILE"),
     (["teacher", "--weights", "nowhere.pth", "--epochs", "0"], "--weights nowhere.pth does not exist"),
     (["score"], "no data/train here"),
+    (["pick", "nowhere.parquet", "--frac", "0.5"], "nowhere.parquet does not exist: give a Parquet file, or a folder of them"),
+    (["pick", "nowhere.parquet"], "say what to keep: --frac FRACTION (above 0, at most 1)"),
     (["select", "--frac", "0.5"], "no data/train here: run `kdprune-data import SOURCE --split train` first, or give a folder with DATA"),
     (["select"], "say what to keep: either --frac FRACTION (above 0, at most 1) or --keys FILE"),
     (["cache"], "no fitting subset in subsets/: run `kdprune-data select` first, or give a folder with SUBSET"),

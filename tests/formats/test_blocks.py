@@ -11,7 +11,7 @@ import pytest
 from kdprune_data.errors import SourceError
 from kdprune_data.formats.blocks import BYTES, NEAR, Reader, Runs
 
-SHARDS = (8192, 1024, 300)
+SHARDS = (4 * BYTES // 512, 1024, 300)
 """Tar blocks of each."""
 
 
@@ -45,7 +45,7 @@ near, block = NEAR // 512, BYTES // 512
 CASES = [
     *(drawn(seed, mean, apart) for seed, (mean, apart) in enumerate([(2, 2), (5, 0), (1, 40), (200, 3), (3, 200), (300, 300), (4000, 9)])),
     runs_of((0, 0, 1)),
-    runs_of((0, 0, 8192), (1, 1023, 1024), (2, 0, 300)),  # larger than any buffer
+    runs_of((0, 0, SHARDS[0]), (1, 1023, 1024), (2, 0, 300)),  # larger than any buffer
     runs_of((0, 0, 1), (0, 1 + near, 2 + near), (0, 3 + 2 * near, 9 + 2 * near)),  # one call for two of them, another for the third
     runs_of((0, 0, 1), (0, 2, 3 + 2 * block), (0, 3 + 2 * block, 5 + 3 * block)),
     runs_of((0, 5, 5), (0, 5, 6), (1, 0, 0), (1, 7, 9)),  # empty ones
