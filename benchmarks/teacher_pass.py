@@ -135,7 +135,7 @@ def costs(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     made = parser(__doc__ or "")
-    shards.options(made, data="small images", samples=10_000)
+    shards.options(made, data="small images", samples=8_000)
     made.set_defaults(rounds=3)
     made.add_argument("--model", default="resnet20", help="Of the teacher with random weights.")
     made.add_argument("--teacher", type=Path, help="A trained teacher; --data is then the folder of a data set that it knows.")
@@ -148,17 +148,21 @@ def main() -> None:
         plain = copy.deepcopy(one.net).eval()
         one.check(plain, paths)
         low = in_bf16(one.net, size=one.saved.architecture.size, device=torch.device("cpu"), tell=print)
-        asks = {"score": one.score, "cache": one.cache}
+        asks, written = {"score": one.score, "cache": one.cache}, dict[str, Path]()
+
+        def ran(name: str, precision: str) -> None:
+            written[name] = asks[name](precision)
+
         loops: dict[tuple[str, str], Callable[[], object]] = {
             (PEER, "float32"): lambda: peer(plain, paths, one.saved),
             (BARE, "float32"): lambda: one.bare(one.net),
             (BARE, "bf16"): lambda: one.bare(low),
         }
-        loops |= {(name, numbers): lambda ask=ask, p=numbers: ask(p) for numbers in ("float32", "bf16") for name, ask in asks.items()}
+        loops |= {(name, p): lambda name=name, p=p: ran(name, p) for p in ("float32", "bf16") for name in asks}
         about = measured(asked, ["webdataset", "torchvision", "pillow", "simplejpeg", "numpy"], n=len(one.data), batch=BATCH)
         about |= {"teacher": one.saved.manifest.name if asked.teacher else "random weights", "rounds": asked.rounds}
         seconds = in_turns({" ".join(key): loop for key, loop in loops.items()}, asked.rounds, cpu=asked.cpu)
-        lost = {(name, "bf16"): costs(ask("bf16")) for name, ask in asks.items()}
+        lost = {(name, "bf16"): costs(folder) for name, folder in written.items()}  # the last round's last
     report(asked, [row(key, seconds, len(one.data), lost.get(key, {})) for key in loops], about)
 
 
