@@ -172,6 +172,7 @@ def heard(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[Hear
 
     networks, labels = scorer.networks, scorer.images.data.labels
     nets = networks.all
+    biased = [head(net).bias is not None for net in nets]
 
     def begin(batch: tuple[NDArray[np.int64], Tensor]) -> tuple[NDArray[np.int64], Tensor, list[tuple[Tensor, Tensor]]]:
         rows, pixels = batch
@@ -182,7 +183,7 @@ def heard(scorer: Scorer, batches: Iterable[NDArray[np.int64]]) -> Iterator[Hear
         rows, images, found = begun
         truth = torch.from_numpy(labels[rows].astype(np.int64))
         # Scores are computed in float64, which not every device has.
-        said = [Outputs(z.cpu(), truth, h.cpu(), head(net).bias is not None) for net, (h, z) in zip(nets, found, strict=True)]
+        said = [Outputs(z.cpu(), truth, h.cpu(), bias) for (h, z), bias in zip(found, biased, strict=True)]
         return Heard(images, truth, dict(zip(map(id, nets), said, strict=True)))
 
     with ExitStack() as stack:

@@ -183,3 +183,30 @@ def test_select_100m(tmp_path: Path) -> None:
     assert all(row["/ faster peer"] > 0 and row["peak RSS, MB"] > 0 for row in made["rows"])
     assert [row["method"] for row in made["rows"] if row["goal"]] == ["pick"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "rows"),
+    [
+        ("teacher_pass.py", ("--samples", 60, "--model", "resnet8"), 7),
+        ("epoch.py", ("--samples", 140, "--model", "resnet8", "--large", "resnet14", "--steps", 1), 4),
+    ],
+)
+def test_networks_at_work(small_parquet: Path, tmp_path: Path, script: str, options: tuple[object, ...], rows: int) -> None:
+    """Passes and training steps, which the scripts check to be of the same numbers; what bf16 costs stands beside its rows."""
+    file = tmp_path / "results.json"
+    ran(script, "--data", small_parquet / "small.parquet", "--rounds", 1, "--threads", 1, "--out", file, *options)
+    made = json.loads(file.read_text(encoding="utf-8"))
+    assert len(made["rows"]) == rows
+    assert any(row["goal"] for row in made["rows"])
+    low = [row for row in made["rows"] if row.get("KL at 1") is not None]
+    assert [row["pass"] for row in low] == (["score", "cache"] if script == "teacher_pass.py" else [])
+
+
+def test_a_trained_teacher_passes(chain: Path, tmp_path: Path) -> None:
+    """Over a part of the data that it knows."""
+    teacher, file = next((chain / "teachers").iterdir()), tmp_path / "results.json"
+    options = ("--samples", 54, "--rounds", 1, "--threads", 1, "--out", file)
+    ran("teacher_pass.py", "--data", chain / "data/train", "--teacher", teacher, *options)
+    made = json.loads(file.read_text(encoding="utf-8"))
+    assert (made["machine"]["n"], made["machine"]["teacher"]) == (54, teacher.name)
