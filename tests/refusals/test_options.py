@@ -15,7 +15,7 @@ SUBSET, TEACHERS, CACHE = "subsets/random-0.5-s0", "teachers/resnet8-s0", "logit
 STUDENT = "students/random-0.5-s0--resnet8-a0.6204-s0"
 FRACTION = r"give the fraction to keep, above 0 and at most 1"
 PLAIN = r"is not a plain name: no slash, no leading dot; use --out for a folder elsewhere"
-EVERY = ["import", "index", "teacher", "score", "select", "cache", "distill", "evaluate", "info", "verify", "demo"]
+EVERY = ["import", "index", "teacher", "score", "select", "pick", "cache", "distill", "evaluate", "info", "verify", "demo"]
 
 REFUSED: list[tuple[list[str], int, str]] = [
     *((["select", "--frac", f], 2, rf"fraction {f} is out of range: {FRACTION}") for f in ("0", "-1", "1.5", "nan", "inf", "1.0000001")),
@@ -26,6 +26,9 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ([*SELECT, "--method", "randm"], 2, r"unknown method 'randm'; did you mean 'random'\? known: .*el2n"),
     ([*SELECT, "--method", "EL2N"], 2, r"unknown method 'EL2N'.*known: .*el2n"),
     ([*SELECT, "--methd", "random"], 2, r"No such option '--methd'. .*--method.* \(see kdprune-data select --help\)"),
+    (["pick", "x.parquet"], 2, r"say what to keep: --frac FRACTION \(above 0, at most 1\)"),
+    (["pick", "x.parquet", "--frac", "0.5"], 2, r"x.parquet does not exist: give a Parquet file, or a folder of them"),
+    (["pick", "data/train", "--frac", "0.5"], 2, r"data/train is of kind dataset, and no table of scores: .*select. chooses from it"),
     ([*SELECT, "--balance", "klass"], 2, r"'klass' is not one of 'class', 'uniform', 'none'"),
     ([*SELECT, "--keep", "easy"], 2, r"--keep easy chooses an end of a score, and none ranks here: name one with --method or --column"),
     ([*SELECT, "--keys", "ids.txt"], 2, r"--frac and --keys were both given: .*; give one"),
@@ -85,7 +88,16 @@ REFUSED: list[tuple[list[str], int, str]] = [
     *(([command, "--nonsense"], 2, rf"'--nonsense'.*\(see kdprune-data {command} --help\)") for command in EVERY),
     *(
         ([*line, "-j", jobs], 2, rf"--jobs {jobs} is too small: at least 1")
-        for line in ([*SELECT], TEACHER, ["score"], ["cache"], ["distill"], ["import", "digits"], ["index", "x.tar"])
+        for line in (
+            [*SELECT],
+            TEACHER,
+            ["score"],
+            ["cache"],
+            ["distill"],
+            ["import", "digits"],
+            ["index", "x.tar"],
+            ["pick", "x", "--frac", "1"],
+        )
         for jobs in ("0", "-1")
     ),
     *(
