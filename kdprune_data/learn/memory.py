@@ -13,17 +13,21 @@ from torch import Tensor
 
 from kdprune_data.learn.stream import Batch
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Numbers of settings of `mallopt`, from glibc's malloc.h."""
 NEVER = 2**31 - 1
+LARGEST = 1 << 25
+"""The largest block, in bytes, that glibc lets its heap have; larger ones are mapped, and given back, one by one."""
 
 
 def keep_freed() -> None:
-    """Let this process keep, from here on, the memory that it frees, where its allocator is glibc's: what it takes falls no more.
+    """Let this process keep, from here on, the blocks of up to 32 MB that it frees, where its allocator is glibc's: what it takes for them
+    falls no more.
 
     Otherwise every activation of some megabytes comes anew from the kernel, page by page and zeroed, at every layer of every batch: of a
-    forward pass of resnet20 over 256 images a fifth to a third of the time. No number changes; the most that is taken grows by up to a
-    sixth, for holes are kept too. Left alone where the user has settings of malloc (`MALLOC_..._`, `GLIBC_TUNABLES`) in the environment.
+    forward pass of resnet20 over 256 images a fifth to a third of the time. No number changes. (Keeping larger ones too would let the heap
+    grow without end: whatever small is made behind one keeps its place from being used again.) Left alone where the user has settings of
+    malloc (`MALLOC_..._`, `GLIBC_TUNABLES`) in the environment.
     """
     theirs = any(name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name.endswith("_")) for name in os.environ)
     if sys.platform != "linux" or theirs:
@@ -31,7 +35,7 @@ def keep_freed() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl, for one, has none
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, NEVER)
-        mallopt(MMAP_MAX, 0)
+        mallopt(MMAP_THRESHOLD, LARGEST)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
