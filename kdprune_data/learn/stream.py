@@ -142,11 +142,6 @@ class Batch:
     logits: Tensor | None
     weights: Tensor | None = None
 
-    def to(self, device: torch.device, images: Tensor) -> Batch:
-        """The same on a device, with the images as a network takes them."""
-        logits, weights = (None if one is None else one.to(device) for one in (self.logits, self.weights))
-        return Batch(self.rows, images, self.labels.to(device), logits, weights)
-
 
 @dataclass(frozen=True)
 class Feed:

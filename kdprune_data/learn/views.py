@@ -8,6 +8,7 @@ are evaluated; `Normalisation` makes of either what a network takes. `docs/forma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,7 +54,14 @@ class Normalisation:
         """uint8 of shape (n, 3, s, s) to normalised float32 of the same shape, in channels-last memory."""
         n, channels, height, width = batch.shape
         # Whole images as rows: a mean for each of three neighbours in memory takes four times as long as one for each number of a row.
-        mean, std = (torch.tensor(v, device=batch.device).repeat(height * width) for v in (self.mean, self.std))
+        mean, std = (_repeated(values, height * width, batch.device) for values in (self.mean, self.std))
         scaled = batch.permute(0, 2, 3, 1).reshape(n, -1).to(torch.float32, copy=True)
         scaled.div_(255).sub_(mean).div_(std)
         return scaled.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _repeated(values: tuple[float, float, float], times: int, device: torch.device) -> Tensor:
+    """Three values over and over, on a device: made once, for a GPU waits for what comes from here."""
+    with torch.inference_mode(False):  # or only inference could use it
+        return torch.tensor(values, device=device).repeat(times)
