@@ -114,6 +114,7 @@ def main() -> None:
     shards.options(made, data="small images", samples=10_000)
     made.add_argument("--model", default="resnet20")
     asked = made.parse_args()
+    here = Path.cwd()
     rows, first = [], pq.read_table(asked.data).slice(0, asked.samples)
     about = measured(asked, ["simplejpeg", "numpy", "pyarrow"], n=len(first), model=asked.model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,7 +130,7 @@ def main() -> None:
             whole = max(sum(found.values()), 1)
             shares = [f"{what} {100 * n / whole:.0f} %" for what, n in found.most_common() if n * 50 >= whole]
             rows.append(row | {"working time": ", ".join(shares)})
-        os.chdir("/")
+        os.chdir(here)
     report(asked, rows, about)
 
 
