@@ -101,20 +101,25 @@ class SoftLabelDataset(IterableDataset[dict[str, Any]]):
 
     def _start(self) -> int:
         """The batch to begin with; a position that was loaded counts once, and in its own epoch alone."""
+        start, self._begun = self._waiting() or 0, int(self._shared[LOADED])
+        return start
+
+    def _waiting(self) -> int | None:
+        """The batch of a position that was loaded and not begun with yet; None where there is none in the epoch that is next."""
         epoch, in_epoch, start, loaded = self._shared.tolist()
-        fresh, self._begun = loaded > self._begun, loaded
-        return int(start) if fresh and in_epoch == epoch else 0
+        return int(start) if loaded > self._begun and in_epoch == epoch else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_walk": None}  # a worker walks by itself
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the latest iteration, where no workers iterate: plain JSON. In a worker it tells the epoch, and its iterator the
-        rest."""
-        walk = self._walk
-        if walk is None or get_worker_info() is not None:
+        """Where the next batch stands, where no workers iterate: plain JSON. In a worker it tells the epoch, and its iterator the rest."""
+        walk, waiting = self._walk, self._waiting()
+        if get_worker_info() is not None:
             return self._state(self.epoch, 0)
-        return self._state(walk.epoch, walk.seen)
+        if waiting is not None:
+            return self._state(self.epoch, int(_ends(self.feed, self.epoch)[waiting - 1]) if waiting else 0)
+        return self._state(self.epoch, walk.seen if walk is not None and walk.epoch == self.epoch else 0)
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The position after a batch of the current epoch, whoever loaded it: plain JSON, for `load_state_dict`. After the last one it is

@@ -215,6 +215,23 @@ def test_a_position_is_gone_on_from_with_any_number_of_workers(chain: Path, befo
         assert ids(DataLoader(again, batch_size=None, num_workers=after)) == ids(whole)
 
 
+@pytest.mark.parametrize("done", [1, 3])
+def test_the_state_is_that_of_the_next_batch(chain: Path, done: int) -> None:
+    """Loaded and not yet begun with; in the midst of an epoch; of an epoch that was chosen since."""
+    first, again = fresh(chain, epoch=1), fresh(chain)
+    shown = list(islice(first, done))
+    state = first.state_after(shown[-1])
+    assert first.state_dict() == state
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    after = next(iter(again))
+    assert again.state_dict() == first.state_after(after) != state
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    again.set_epoch(2)
+    assert again.state_dict() == state | {"epoch": 2, "seen": 0}
+
+
 def test_ranks_and_workers_may_change_together(chain: Path) -> None:
     one = fresh(chain, epoch=1)
     seen = list(islice(one, 4))
