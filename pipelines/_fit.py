@@ -68,8 +68,11 @@ class Validation:
         return found.loss, found.accuracy
 
 
-def validation(folder: Path | None, train: Dataset) -> Validation | None:
-    """The validation data; None where there are none. Raises MismatchError for other classes, UsageError when nothing has a label."""
+def validation(folder: Path | None, train: Dataset, keep: str) -> Validation | None:
+    """The validation data, whose images are kept as those are that are trained on (see `Images`); None where there are none.
+
+    Raises MismatchError for other classes, UsageError when nothing has a label.
+    """
     from kdprune_data.learn.inference import labelled
     from kdprune_data.learn.stream import Images
 
@@ -78,7 +81,7 @@ def validation(folder: Path | None, train: Dataset) -> Validation | None:
         return None
     data = Dataset.open(folder)
     data.same_classes(train.classes, str(train.folder))
-    images = Images(data)
+    images = Images(data, keep=keep)
     return Validation(images, len(labelled(images)))
 
 

@@ -149,11 +149,14 @@ def _plan_taught(config: CacheConfig, data: Dataset) -> Plan:
 
 def _teachers(config: CacheConfig, saved: list[Saved], data: Dataset, policy: Policy) -> Source:
     from kdprune_data.learn.inference import choose_device
+    from kdprune_data.learn.policy import own_size
     from kdprune_data.learn.stream import Images
 
+    small = own_size(data.sizes[data.usable()]) is not None
+    images = Images(data, keep="auto" if small else "off")  # each is decoded once for a range of views, of which few have more than one
     nets, device = [one.load(code=config.code) for one in saved], choose_device(config.device)
     temperature = _only_temperature(config) if len(saved) > 1 else None
-    found = _asking.Teachers(Images(data), policy, saved, nets, device, temperature, config.batch, config.jobs)
+    found = _asking.Teachers(images, policy, saved, nets, device, temperature, config.batch, config.jobs)
     return found.in_bf16() if config.precision == "bf16" else found
 
 

@@ -131,7 +131,7 @@ def run(config: DistillConfig) -> Outcome:
     student = Predictor(net, normalisation, policy.size, device)
     teacher = None if lesson.live is None else _live.at_work(lesson.live, student, code=config.code)
     if config.dry_run:
-        validation = _fit.validation(val, data)
+        validation = _fit.validation(val, data, config.in_memory)
         return _preview.estimate(place, _job(config, lesson, images, student, validation, teacher), validation)
     board = None if config.tensorboard is None else Board(config.tensorboard, name, folder)
     with Build.begin(folder, place.identity, overwrite=config.overwrite) as build:
@@ -141,7 +141,7 @@ def run(config: DistillConfig) -> Outcome:
         if cache is not None and lesson.alpha:
             at_hand = _recheck.AtHand(config.teacher, config.code)
             _recheck.at_start(cache, lesson.views, images, sample=config.check_labels, device=device, at_hand=at_hand)
-        job = replace(_job(config, lesson, images, student, _fit.validation(val, data), teacher), board=board)
+        job = replace(_job(config, lesson, images, student, _fit.validation(val, data, config.in_memory), teacher), board=board)
         _fit.announce(config.model, job.training)
         made = build.seal(counts=_fit.train(job, build), classes=data.classes, content=data.manifest.content)
     return _fit.outcome(folder, made)

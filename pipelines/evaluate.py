@@ -45,7 +45,7 @@ def run(config: EvaluateConfig) -> Outcome:
     net = saved.load(code=config.code, epoch=config.epoch)
     predictor = Predictor(net, saved.normalisation, saved.architecture.size, choose_device(config.device))
     with bar("evaluate", total=int((data.labels[data.usable()] >= 0).sum())) as progress:
-        found = evaluate(predictor, Images(data), batch=config.batch, tick=progress.update)
+        found = evaluate(predictor, Images(data, keep="off"), batch=config.batch, tick=progress.update)
     if not math.isfinite(found.loss):
         raise SourceError(f"what {saved.folder} says of {data.folder} are no finite numbers: its weights are broken; use another model")
     return Outcome(None, _facts(config, saved, data, found), _text(config, saved, data, found))

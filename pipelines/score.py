@@ -143,7 +143,7 @@ class Job:
         config = self.config
         return Scorer(
             self.columns,
-            Images(self.data),
+            Images(self.data, keep="off"),  # each is looked at once
             self._networks(),
             self.sources,
             self.vectors,

@@ -147,7 +147,7 @@ def _keep(config: TeacherConfig, setup: Setup) -> list[int]:
 def _train(config: TeacherConfig, build: Build, setup: Setup, net: nn.Module, *, val: Path | None, board: Board | None) -> Manifest:
     from kdprune_data.learn.dynamics import Recorder
 
-    validation = _fit.validation(val, setup.data)
+    validation = _fit.validation(val, setup.data, setup.images.keep)
     recorder = Recorder(len(setup.data), setup.device, len(setup.data.classes) if config.record else None)
     job = _teaching.job(setup, net, keep=_keep(config, setup), val=validation, recorder=recorder)
     recorded = _teaching.recording(job, setup, build, recorder, logits=config.record is not None)
@@ -158,7 +158,7 @@ def _adopt(build: Build, setup: Setup, net: nn.Module, val: Path | None) -> Mani
     from kdprune_data.learn.inference import Predictor
     from kdprune_data.learn.weights import weights
 
-    validation = _fit.validation(val, setup.data)
+    validation = _fit.validation(val, setup.data, setup.images.keep)
     network = Predictor(net, setup.normalisation, setup.policy.size, setup.device)
     loss, accuracy = validation.measure(network) if validation else (None, None)
     if loss is not None and not math.isfinite(loss):
@@ -175,7 +175,7 @@ def _adopt(build: Build, setup: Setup, net: nn.Module, val: Path | None) -> Mani
 
 def _estimate_only(config: TeacherConfig, setup: Setup, net: nn.Module, place: _preview.Place, val: Path | None) -> Outcome:
     """What `run` would make."""
-    validation = _fit.validation(val, setup.data)
+    validation = _fit.validation(val, setup.data, setup.images.keep)
     samples = len(setup.data.usable())
     if not config.weights:
         from kdprune_data.learn.dynamics import Recorder
